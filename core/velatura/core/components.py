@@ -1,0 +1,287 @@
+"""The contracts: one abstract class per kind of component. A component is frozen options and one or two pure methods.
+
+This module imports no torch, so that names, options and documentation can be read quickly.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from velatura.core import events
+    from velatura.core.types import (
+        Admission,
+        Advantages,
+        Conditioning,
+        Context,
+        Loss,
+        Points,
+        Prompt,
+        Requirements,
+        RewardReport,
+        Role,
+        Sample,
+        Scores,
+        StepPlan,
+        Transition,
+    )
+
+
+class Options(BaseModel):
+    """Options of a component: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NoOptions(Options):
+    """For components that have nothing to set."""
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+class Component(ABC, Generic[O]):
+    """The frame of every contract: a kind, a name, typed options, and a `setup` before first use."""
+
+    kind: ClassVar[str]
+    """Set by the contract."""
+    name: ClassVar[str]
+    """How a recipe names it: lower case, words joined by '-'."""
+    options_class: ClassVar[type[Options]] = NoOptions
+    """Read off the type parameter."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in getattr(cls, "__orig_bases__", ()):
+            origin = get_origin(base)
+            if isinstance(origin, type) and issubclass(origin, Component):
+                for argument in get_args(base):
+                    if isinstance(argument, type) and issubclass(argument, Options):
+                        cls.options_class = argument
+
+    def __init__(self, options: O | None = None) -> None:
+        self.options: O = options if options is not None else self.options_class()  # type: ignore[assignment]
+
+    def setup(self, context: Context) -> None:
+        """Load weights, open clients: once per process, before first use. Making a component costs nothing."""
+
+
+class RewardModel(Component[O]):
+    """Judges finished images. Never sees latents, the policy, or the other rewards."""
+
+    kind: ClassVar[str] = "reward"
+    scope: ClassVar[Literal["sample", "group"]] = "sample"
+    """`group`: `samples` are all samples of one prompt (pairwise and ranking judges)."""
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Whether this reward has something to say about pictures for `prompt`.
+
+        Decided from the prompt and its source images, never from the output: a gate on the output is a gate the
+        policy learns to close.
+        """
+        return True
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """One score per sample, higher is better. What cannot be judged gets a `Status`, never a made-up number."""
+
+
+class PromptFilter(Component[O]):
+    """Which prompts are worth learning from. Used by the `curate` stage, and online by `rl`."""
+
+    kind: ClassVar[str] = "prompt_filter"
+
+    @abstractmethod
+    def admit(self, report: RewardReport) -> Admission:
+        """Keep or drop each of the P prompts, with a reason. Sees raw scores, before normalisation."""
+
+
+class GuidancePolicy(Component[O]):
+    """Where the unconditional branch enters. One decision per role, so hybrid CFG is a table, not an `if`."""
+
+    kind: ClassVar[str] = "guidance"
+    detach_null: ClassVar[bool] = False
+    """Whether the unconditional branch of CURRENT carries no gradient."""
+
+    @abstractmethod
+    def scale(self, role: Role, t: Tensor) -> Tensor:
+        """Guidance scale [N] of a role at times t [N]. Where all are 1 the null branch is not evaluated at all."""
+
+
+class Kernel(Component[O]):
+    """One step of the sampler, as a distribution. Pure; fp32 in, fp32 out."""
+
+    kind: ClassVar[str] = "kernel"
+    stochastic: ClassVar[bool] = False
+
+    @abstractmethod
+    def step(self, v: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Transition:
+        """Mean and std of x_{t_next} given x_t [B ...], velocity [B ...] and times []; std 0 is the ODE."""
+
+
+class TimestepSampler(Component[O]):
+    """Which of the K steps carry noise, and which carry gradient. Decided before the rollout."""
+
+    kind: ClassVar[str] = "timesteps"
+
+    @abstractmethod
+    def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
+        """A plan for the grid t [T], 1 down to 0. The same generator state gives the same plan on every rank."""
+
+
+class AdvantageEstimator(Component[O]):
+    """From scores to how much better than its group each sample is."""
+
+    kind: ClassVar[str] = "advantage"
+
+    @abstractmethod
+    def estimate(self, report: RewardReport) -> Advantages:
+        """[B] advantages; groups by id, never by text; 0 and not valid where a score is missing."""
+
+
+class PolicyObjective(Component[O]):
+    """A loss in velocities. Holds no model, runs no loop."""
+
+    kind: ClassVar[str] = "objective"
+    requires: ClassVar[Requirements]
+    """What the core must provide."""
+
+    @abstractmethod
+    def loss(self, points: Points, velocity: Mapping[Role, Tensor]) -> Loss:
+        """`velocity[role]` is [N ...] at `points`; only CURRENT carries gradient."""
+
+    def roles(self) -> frozenset[Role]:
+        """The roles these options need: `requires.roles`, less those whose coefficient is 0."""
+        return self.requires.roles
+
+    def old_decay(self, step: int) -> float:
+        """How much of the old policy survives after optimiser step `step`: old <- d old + (1 - d) current."""
+        return 0.0
+
+
+class Distiller(PolicyObjective[O]):
+    """An objective whose target is a teacher's velocity on the student's own trajectory."""
+
+    kind: ClassVar[str] = "distiller"
+
+    def teacher(self, prompt: Prompt) -> str:
+        """Which of the configured teachers answers for this prompt: by default the one named like its task."""
+        return prompt.task
+
+
+class ModelAdapter(Component[O]):
+    """All that is special to one network. Knows nothing of rewards and objectives."""
+
+    kind: ClassVar[str] = "adapter"
+
+    @abstractmethod
+    def load(self, device: torch.device) -> nn.Module:
+        """The network, with `requires_grad` set on what is to be trained (LoRA weights or all)."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """The conditioning of P prompts: row p for prompts[p]. Deterministic, without gradient."""
+
+    @abstractmethod
+    def null(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """The unconditional counterpart of P prompts (for an edit it keeps the source images)."""
+
+    def prepare(self, net: nn.Module, cond: Conditioning) -> Conditioning:
+        """`cond` with everything computed that depends on the weights but neither on x nor on t.
+
+        Carries gradient when called with gradients enabled. The default has nothing to prepare.
+        """
+        return cond
+
+    @abstractmethod
+    def noise(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+        """[B ...] fp32 x at t = 1; row b depends on prompts[b] (its layout) and seeds[b] alone."""
+
+    @abstractmethod
+    def times(self, steps: int, prompt: Prompt | None = None) -> Tensor:
+        """[steps + 1] fp32 grid, 1 down to 0, the family's shift applied."""
+
+    @abstractmethod
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
+        """dx/dt = eps - x_0, [N ...], at x [N ...], t [N]; point n belongs to row rows[n] of `cond`."""
+
+    def guide(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
+        """The family's own guidance rule; by default null + scale (cond - null), `scale` [N]."""
+        return null + scale.reshape(-1, *[1] * (cond.ndim - 1)) * (cond - null)
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents at t = 0 [B ...] to images [B 3 H W], RGB in [0, 1]."""
+
+    @abstractmethod
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [B 3 H W] to x_0 [B ...]: the inverse of `decode`, for supervised stages."""
+
+    @abstractmethod
+    def export(self, net: nn.Module, folder: Path, *, info: Mapping[str, Any]) -> None:
+        """Write a model that stock libraries load, with `info` (guidance scale, lineage) beside it."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Facts for `velatura check`: parameters, image size, tokens per sample, and where weights come from."""
+        return {}
+
+
+class Task(Component[O]):
+    """Where prompts come from: text-to-image, or edits with their source images."""
+
+    kind: ClassVar[str] = "task"
+
+    @abstractmethod
+    def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
+        """All prompts of a split, in a fixed order. May be lazy: only `len` and indexing are used."""
+
+
+class Evaluator(Component[O]):
+    """Measures pictures. Never trains on what it measures."""
+
+    kind: ClassVar[str] = "evaluator"
+
+    @abstractmethod
+    def evaluate(self, samples: Sequence[Sample]) -> Mapping[str, Sequence[float | None]]:
+        """Each metric as one value per sample, None where it does not apply. The core forms means, paired
+        differences and intervals from them, because only the core knows which model is compared with which."""
+
+
+class Observer(Component[O]):
+    """Trackers and callbacks: one no-op method per event. They watch; they cannot change."""
+
+    kind: ClassVar[str] = "observer"
+
+    def run_start(self, event: events.RunStart) -> None:
+        """A stage begins."""
+
+    def rollout_done(self, event: events.RolloutDone) -> None:
+        """Samples were made and judged."""
+
+    def step_end(self, event: events.StepEnd) -> None:
+        """One step of the loop is over."""
+
+    def checkpoint_saved(self, event: events.CheckpointSaved) -> None:
+        """A checkpoint is complete on disk."""
+
+    def run_end(self, event: events.RunEnd) -> None:
+        """A stage is over, finished or failed."""
+
+
+CONTRACTS: Mapping[str, type[Component[Any]]] = {
+    contract.kind: contract
+    for contract in (
+        RewardModel, GuidancePolicy, TimestepSampler, PromptFilter, Distiller, ModelAdapter, Task, Kernel,
+        AdvantageEstimator, PolicyObjective, Evaluator, Observer,
+    )
+}  # fmt: skip
+"""Kind -> contract."""
+

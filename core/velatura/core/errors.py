@@ -1,0 +1,43 @@
+"""Messages a user can act on: what was asked, where, what there is, and the nearest match."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VelaturaError(Exception):
+    """Something the user can mend. The command line prints its message alone and exits with status 2."""
+
+
+class RecipeError(VelaturaError):
+    """The recipe asks for something that does not exist or does not fit."""
+
+
+class PluginError(VelaturaError):
+    """A plugin is missing, broken, or says something the core does not understand."""
+
+
+class RewardError(VelaturaError):
+    """Rewards failed more often than the budget allows, or broke their contract."""
+
+
+class CheckpointError(VelaturaError):
+    """A checkpoint is missing, truncated, or belongs to something else."""
+
+
+class SelfCheckError(VelaturaError):
+    """The loop found before its first update that training would be wrong."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` with the nearest known name, or a list of what there is.
+
+    >>> suggest("hgih-noise", ["high-noise", "all"])
+    " Did you mean 'high-noise'?"
+    """
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" There is: {', '.join(names)}." if names else " There is none."

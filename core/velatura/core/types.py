@@ -1,0 +1,311 @@
+"""The data that components exchange: frozen, with named axes.
+
+Axes: P prompts, G samples per prompt, B = P*G samples (prompt-major), K solver steps on T = K + 1 grid times,
+N state points in a micro-batch, R rewards.
+
+Time: t in [0, 1], 1 is noise, 0 is data. x_t = (1 - t) x_0 + t eps. Velocity v = dx/dt = eps - x_0.
+Images: RGB in [0, 1], fp32, `3 H W`. Latents and times: fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """What became of one score. Only `OK` carries a number; everything else is masked, never turned into one."""
+
+    OK = 0
+    FAILED = 1
+    REFUSED = 2
+    NOT_APPLICABLE = 3
+
+
+class Role(StrEnum):
+    """Whose weights answer, and under which guidance."""
+
+    ROLLOUT = "rollout"
+    CURRENT = "current"
+    OLD = "old"
+    REFERENCE = "reference"
+    TEACHER = "teacher"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One request to the model. Two prompts may share a text; the id tells them apart."""
+
+    id: str
+    """Unique within its task and split, stable between runs."""
+    text: str
+    """The prompt, or the edit instruction."""
+    task: str
+    """The route: `t2i` or `edit`. Distillation chooses the teacher by it."""
+    category: str = "general"
+    """Chooses reward weights and groups the evaluation."""
+    sources: tuple[Tensor, ...] = ()
+    """Source images of an edit, each `3 H W`."""
+    target: Tensor | None = None
+    """The picture to learn from, `3 H W`; only supervised stages read it."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever the rewards of this task need to judge a picture."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One finished picture."""
+
+    prompt: Prompt
+    image: Tensor
+    """`3 H W`, RGB in [0, 1]."""
+    seed: int
+    """The seed of its initial noise: (prompt, seed) pairs samples across models."""
+    group: int = 0
+    """Samples of one prompt in one rollout share the group id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What one reward model says of B samples."""
+
+    values: Tensor
+    """[B] fp32; meaningless where the status is not OK."""
+    status: tuple[Status, ...]
+    """[B]."""
+    reasons: tuple[str, ...] = ()
+    """[B] or empty: why a score is missing."""
+
+    @classmethod
+    def of(cls, values: Tensor) -> Self:
+        """The ordinary case: every sample could be judged."""
+        return cls(values=values.detach().float().cpu(), status=(Status.OK,) * len(values))
+
+    @classmethod
+    def missing(cls, count: int, status: Status, reason: str) -> Self:
+        """No sample could be judged."""
+        return cls(values=torch.zeros(count), status=(status,) * count, reasons=(reason,) * count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Which solver steps carry gradient and which carry noise; decided before the rollout."""
+
+    train: Tensor
+    """[M] int64, sorted, distinct indices of steps in 0..K-1; step k starts at grid time t[k]."""
+    stochastic: Tensor
+    """[K] bool: steps that draw noise."""
+    weight: Tensor
+    """[K] fp32: weight of a step in the loss."""
+
+    @classmethod
+    def training(cls, train: Tensor, *, steps: int) -> Self:
+        """Train on the steps named, draw noise on none, weigh all alike."""
+        return cls(train=train, stochastic=torch.zeros(steps, dtype=torch.bool), weight=torch.ones(steps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """x_{t_next} given x_t: a Gaussian per latent element."""
+
+    mean: Tensor
+    std: Tensor
+    """Broadcasts against the mean; 0 is a deterministic step."""
+
+
+class Conditioning:
+    """What a network needs to know of P prompts. Adapters subclass it; the core moves, selects and hands it back.
+
+    `prepare` of an adapter may attach the part that depends on weights but not on the step (keys and values of the
+    prompt's tokens), so that one computation serves every sample and step.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def select(self, rows: Tensor) -> Self:
+        """The conditioning of the prompts `rows` [P'], in that order."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> Self:
+        """A copy on `device`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """B finished samples of P prompts, and what training needs to know about how they were made."""
+
+    prompts: tuple[Prompt, ...]
+    """[P]."""
+    samples: tuple[Sample, ...]
+    """[B], prompt-major."""
+    latents: Tensor
+    """[B ...] x at t = 0."""
+    group: Tensor
+    """[B] int64: row of the prompt in `prompts`."""
+    times: Tensor
+    """[T] grid, 1 down to 0."""
+    plan: StepPlan
+    trajectory: Tensor | None = None
+    """[T B ...] all visited states; kept only when an objective asks for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardReport:
+    """Scores, statuses and weights of R rewards on B samples."""
+
+    names: tuple[str, ...]
+    """[R]."""
+    scores: Tensor
+    """[B R] fp32, raw; meaningless where not valid."""
+    status: Tensor
+    """[B R] int64, values of `Status`."""
+    weight: Tensor
+    """[B R] fp32: weight of the reward for the sample's category, 0 where it does not apply."""
+    group: Tensor
+    """[B] int64: row of the prompt."""
+    prompts: tuple[Prompt, ...]
+    """[P]."""
+    reasons: tuple[tuple[str, ...], ...] = ()
+    """[R][B] or empty: why a score is missing."""
+
+    @property
+    def valid(self) -> Tensor:
+        """[B R] bool: scores that may be used."""
+        return self.status == int(Status.OK)
+
+    @property
+    def composite(self) -> Tensor:
+        """[B] weighted mean of raw valid scores; NaN where a weighted reward failed or none is valid.
+
+        Taken before any normalisation: this is what prompt curation compares.
+        """
+        active = self.weight * self.valid
+        value = (active * self.scores.nan_to_num()).sum(1) / active.sum(1)
+        return torch.where(self.complete, value, torch.nan)
+
+    @property
+    def complete(self) -> Tensor:
+        """[B] bool: at least one weighted reward is valid and none of those that apply failed."""
+        applies = (self.weight > 0) & (self.status != int(Status.NOT_APPLICABLE))
+        return applies.any(1) & (self.valid | ~applies).all(1)
+
+    def only(self, admission: Admission) -> RewardReport:
+        """The same report with the scores of dropped prompts marked not applicable."""
+        kept = admission.keep[self.group]
+        status = torch.where(kept[:, None], self.status, int(Status.NOT_APPLICABLE))
+        return replace(self, status=status)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """Which prompts are worth learning from."""
+
+    keep: Tensor
+    """[P] bool."""
+    reason: tuple[str, ...]
+    """[P] one short phrase for the ledger."""
+    statistic: Tensor
+    """[P] fp32: the number the decision was made on; NaN where it could not be computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantages:
+    """How much better than its group each sample is."""
+
+    values: Tensor
+    """[B] fp32; 0 where not valid."""
+    valid: Tensor
+    """[B] bool: samples that may carry a gradient."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Points:
+    """N states at which velocities are compared."""
+
+    x: Tensor
+    """[N ...] x_t."""
+    t: Tensor
+    """[N]."""
+    advantage: Tensor
+    """[N]; 0 where the objective needs none."""
+    weight: Tensor
+    """[N] weight of the point in the loss; weights sum to the share of the batch in this micro-batch."""
+    x0: Tensor | None = None
+    """[N ...] the clean latents, for forward-process points."""
+    target: Tensor | None = None
+    """[N ...] u = eps - x_0, for forward-process points."""
+    x_next: Tensor | None = None
+    """[N ...] the next visited state, for trajectory points."""
+    t_next: Tensor | None = None
+    """[N]."""
+    group: Tensor | None = None
+    """[N] int64: row of the prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What an objective needs; compared with the other slots before anything runs."""
+
+    points: Literal["forward", "trajectory"] = "forward"
+    """`forward`: re-noised clean latents; `trajectory`: states visited by the rollout."""
+    roles: frozenset[Role] = frozenset({Role.CURRENT})
+    """Velocities handed to `loss`."""
+    rollout_role: Role = Role.CURRENT
+    """Whose weights make the samples."""
+    advantage: bool = True
+    """Needs rewards."""
+    stochastic_steps: bool = False
+    """Needs a kernel that draws noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A scalar to go down, and the numbers a practitioner looks at."""
+
+    value: Tensor
+    """[] the weighted sum over points (`Points.weight`)."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Scalars without gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A measured number with its uncertainty."""
+
+    value: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    """Upper end."""
+    n: int
+    """Independent units (prompts), not samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a component may know of the machine, given once in `setup`."""
+
+    device: torch.device
+    cache: Path
+    """A folder for downloads and caches that outlives the run."""
+    seed: int
+    base: Path
+    """Folder of the recipe: relative paths in options start here."""
+
+    def resolve(self, path: str | Path) -> Path:
+        """`path` as the recipe's author meant it."""
+        return (self.base / path).resolve()
+
+
+def group_rows(group: Tensor, count: int) -> Sequence[Tensor]:
+    """Indices of the samples of each of `count` groups."""
+    return [torch.nonzero(group == p).flatten() for p in range(count)]
