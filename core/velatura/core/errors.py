@@ -41,3 +41,21 @@ def suggest(name: str, known: Iterable[str]) -> str:
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" There is: {', '.join(names)}." if names else " There is none."
+
+
+def prefixed(at: str, message: str) -> str:
+    """`message` with the place it is about in front, when there is one.
+
+    >>> prefixed("rewards.1", "no such thing")
+    'rewards.1: no such thing'
+    """
+    return f"{at}: {message}" if at else message
+
+
+def cause(error: BaseException) -> str:
+    """An exception on one line, also where its own `repr` would be a tuple of source positions.
+
+    >>> cause(KeyError("ocr"))
+    'KeyError("\\'ocr\\'")'
+    """
+    return f"{type(error).__name__}({str(error)!r})"

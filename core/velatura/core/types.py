@@ -137,6 +137,10 @@ class Conditioning:
         """A copy on `device`."""
         raise NotImplementedError
 
+    def join(self, other: Conditioning) -> Conditioning | None:
+        """Rows of `self`, then rows of `other`, as one conditioning; None when the two cannot share a forward."""
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:

@@ -1,0 +1,36 @@
+# Every target makes its own virtual environment inside the clone and uses it again when it is there.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(RUN)/velatura run recipes/tinyworld.yaml
+
+test: $(VENV)/.installed-dev
+	$(MAKE) lint
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest unit_tests integration_tests
+
+lint: $(VENV)/.installed-dev
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports --no-cache
+
+bench: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/rl_step.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(RUN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
+	$(RUN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,42 @@
+"""What the verbs' parsers have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""Where a parser adds its verbs."""
+Verb = Callable[[argparse.Namespace], int]
+
+
+def new_parser(verbs: Verbs, name: str, verb: Verb, summary: str, example: str) -> argparse.ArgumentParser:
+    """A parser for one verb, with an example at the end of its help."""
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """`RECIPE [path=value ...]`."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe, a YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="path=value",
+        help="values in place of the recipe's, like stages.teacher_t2i.objective.with.beta=0.5",
+    )
+
+
+def add_run_folder(parser: argparse.ArgumentParser) -> None:
+    """`RUN_FOLDER`."""
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="what 'velatura run' made, like runs/demo")

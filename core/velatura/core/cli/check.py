@@ -1,0 +1,30 @@
+"""`velatura check`: find out what is wrong with a recipe, and what it would do, without running it."""
+
+from __future__ import annotations
+
+import argparse
+
+from velatura.core.cli.arguments import Verbs, add_recipe, new_parser
+
+
+def add(name: str, verbs: Verbs) -> None:
+    """Add this verb to the command line."""
+    example = "velatura check recipes/tinyworld.yaml stages.student.steps=200"
+    parser = new_parser(verbs, name, _check, "look for mistakes in a recipe and print its plan; runs nothing", example)
+    add_recipe(parser)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from velatura.core.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+
+    from velatura.core.build import open_registry
+    from velatura.core.check import check
+
+    plan = check(recipe, open_registry(recipe))
+    if plan is not None:
+        from rich.console import Console
+
+        Console(soft_wrap=True).print(plan)
+    return 0

@@ -1,0 +1,92 @@
+"""`velatura plugins list` and `velatura plugins show`: what there is, and what can be set on it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from velatura.core.cli.arguments import Verbs, new_parser
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from velatura.core.registry import Registry
+
+
+def add(name: str, verbs: Verbs) -> None:
+    """Add this verb to the command line."""
+    parser = verbs.add_parser(name, help="list installed components, or show one", allow_abbrev=False)
+    actions = parser.add_subparsers(metavar="list|show", required=True)
+    example = "velatura plugins list --kind reward"
+    listing = new_parser(actions, "list", _list, "list every installed component", example)
+    listing.add_argument("--kind", help="only of this kind, like reward")
+    example = "velatura plugins show high-noise"
+    showing = new_parser(actions, "show", _show, "describe one component and its options", example)
+    showing.add_argument("name", metavar="NAME", help="as in a recipe, like nft or acme/redness")
+    showing.add_argument("--kind", help="where several kinds have a component of this name")
+    for action in (listing, showing):
+        action.add_argument(
+            "--file", action="append", default=[], metavar="FILE", help="also this plugin file, like ./my_reward.py"
+        )
+
+
+def _registry(arguments: argparse.Namespace) -> Registry:
+    """What is installed, and the files named."""
+    from velatura.core.components import CONTRACTS
+    from velatura.core.errors import VelaturaError, suggest
+    from velatura.core.registry import Registry
+
+    if arguments.kind is not None and arguments.kind not in CONTRACTS:
+        raise VelaturaError(f"no kind is called {arguments.kind!r}.{suggest(arguments.kind, CONTRACTS)}")
+    registry = Registry.discover()
+    for file in arguments.file:
+        registry.add_file(file)
+    return registry
+
+
+def _console() -> Console:
+    """A terminal, or a page wide enough that names are not cut when the output goes to a file."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=180)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from rich import box
+    from rich.table import Table
+
+    registry = _registry(arguments)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("kind", "name", "plugin", "package", "what it is", "status"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("kind", "name"))
+    for info in registry.list():
+        if arguments.kind in (None, info.kind):
+            package = f"{info.distribution} {info.version}".strip()
+            table.add_row(info.kind, info.name, info.plugin, package, info.summary, info.problem or "ok")
+    console = _console()
+    console.print(table)
+    for broken in registry.broken:
+        console.print(f"broken: {broken.error}", soft_wrap=True)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from velatura.core.cli.show import show
+    from velatura.core.components import CONTRACTS
+    from velatura.core.errors import VelaturaError, suggest
+
+    registry = _registry(arguments)
+    kinds = [arguments.kind] if arguments.kind else list(CONTRACTS)
+    infos = [info for info in registry.list() if info.kind in kinds]
+    found = [info for info in infos if info.name == arguments.name]
+    if not found:
+        for broken in registry.broken:
+            if arguments.name.startswith(f"{broken.name}/"):
+                raise broken.error
+        what = arguments.kind or "component"
+        known = {info.name for info in infos}
+        raise VelaturaError(f"no {what} is called {arguments.name!r}.{suggest(arguments.name, known)}")
+    console = _console()
+    for info in found:
+        show(info, registry.get(info.kind, info.name), console)
+    return 0

@@ -1,0 +1,84 @@
+"""`velatura VERB ...`: find the verb, run it, and turn what goes wrong into a message and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from velatura.core import __version__
+from velatura.core.cli import check, evaluate, export, plugins, report, run, sample, schema
+from velatura.core.errors import VelaturaError, suggest
+
+VERBS = {
+    "run": run,
+    "check": check,
+    "eval": evaluate,
+    "report": report,
+    "export": export,
+    "sample": sample,
+    "plugins": plugins,
+    "schema": schema,
+}
+"""In the order of `--help`."""
+
+OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says. 0: done; 2: the user can mend it, one message says how; 130: Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except VelaturaError as error:
+        print(f"velatura: {error}", file=sys.stderr)
+        return USER_ERROR
+    except FileNotFoundError as error:
+        print(f"velatura: there is no file {str(error.filename or error)!r}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("velatura: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `velatura plugins list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except SystemExit as stop:  # argparse has said what there is to say
+        return stop.code if isinstance(stop.code, int) else OK
+
+
+def _dispatch(arguments: list[str]) -> int:
+    """Parse, and call the verb."""
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return OK
+    if not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        hint = ""
+        if Path(arguments[0]).suffix in (".yaml", ".yml"):
+            hint = f" To run a recipe: velatura run {arguments[0]}"
+        raise VelaturaError(f"there is no command {arguments[0]!r}.{hint or suggest(arguments[0], VERBS)}")
+    parsed, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(overrides) < len(rest) or (rest and not hasattr(parsed, "overrides")):
+        unknown = next(text for text in rest if text not in overrides or not hasattr(parsed, "overrides"))
+        raise VelaturaError(f"'velatura {arguments[0]}' does not take {unknown!r}; see velatura {arguments[0]} --help")
+    if rest:  # argparse stops collecting overrides at the first option
+        parsed.overrides = [*parsed.overrides, *overrides]
+    return int(parsed.verb(parsed))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="velatura",
+        description="Post-train flow-matching image models with reinforcement learning and on-policy distillation.",
+        epilog="Start with: velatura run recipes/tinyworld.yaml",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"velatura {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, verb in VERBS.items():
+        verb.add(name, verbs)
+    return parser

@@ -1,0 +1,30 @@
+"""`velatura run`: do what is missing of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+from velatura.core.cli.arguments import Verbs, add_recipe, new_parser
+
+
+def add(name: str, verbs: Verbs) -> None:
+    """Add this verb to the command line."""
+    example = "velatura run recipes/tinyworld.yaml stages.teacher_t2i.steps=40 seed=1"
+    summary = "run the stages of a recipe, skipping those that are done and unchanged"
+    parser = new_parser(verbs, name, _run, summary, example)
+    add_recipe(parser)
+    parser.add_argument("--stage", metavar="NAME", help="only this stage; what it builds on must be done")
+    parser.add_argument("--fresh", action="store_true", help="do every stage again, whatever is there")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from velatura.core.recipe import load_recipe
+
+    if arguments.stage is not None:
+        load_recipe(arguments.recipe, arguments.overrides).stage(arguments.stage)
+    else:
+        load_recipe(arguments.recipe, arguments.overrides)  # what is wrong with it is said before torch is imported
+    from velatura.core.pipeline import run_pipeline
+
+    run_pipeline(arguments.recipe, arguments.overrides, only=arguments.stage, fresh=arguments.fresh)
+    return 0

@@ -1,0 +1,165 @@
+"""Plain torch in one process: the reference that every other engine must agree with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from velatura.core.checkpoint import match_tensors
+from velatura.core.engine.protocol import EngineConfig, OptimizerConfig, StepInfo
+from velatura.core.errors import VelaturaError
+
+T = TypeVar("T")
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of a parameter."""
+
+
+class LocalEngine:
+    """AdamW on the module's own parameters, or on fp32 copies of them where the module is bf16."""
+
+    def __init__(self, module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> None:
+        if config.raw:
+            raise VelaturaError("engine.raw is DeepSpeed's configuration; engine.kind is 'local'. Remove one of them.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise VelaturaError("engine.kind 'local' is one process, but a launcher started several. Use 'deepspeed'.")
+        self.rank, self.world_size = 0, 1
+        self.device = choose_device(config.device)
+        self.module = module.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        self._config = optimizer
+        self._updates = 0
+        self._complete = False
+        self._weights = trained_parameters(module)
+        self._masters = {name: _master(p) for name, p in self._weights.items()}
+        self._adam = adamw(list(self._masters.values()), optimizer)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._complete = last
+
+    def step(self) -> StepInfo:
+        """Clip, update, forget the gradients."""
+        if not self._complete:
+            raise RuntimeError("step() comes after backward(..., last=True)")
+        rate = self._config.rate(self._updates)
+        norm = clip(list(self._masters.values()), self._config.clip_norm)
+        updated = bool(norm.isfinite())
+        if updated:
+            set_rate(self._adam, rate)
+            self._adam.step()
+            self._updates += 1
+            self._publish()
+        self.zero_grad()
+        return StepInfo(grad_norm=float(norm), lr=rate, updated=updated)
+
+    def zero_grad(self) -> None:
+        """Forget the accumulated gradients."""
+        self._adam.zero_grad(set_to_none=True)
+        self._complete = False
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The accumulated gradients, fp32; zero for a parameter that took no part."""
+        if not self._complete:
+            raise RuntimeError("gradients() comes after backward(..., last=True)")
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self._masters.items()}
+
+    def sum(self, x: Tensor) -> Tensor:
+        """A copy of `x`: there is one rank."""
+        return x.clone()
+
+    def gather_object(self, obj: T) -> list[T]:
+        """`[obj]`: there is one rank."""
+        return [obj]
+
+    def barrier(self) -> None:
+        """There is nobody to wait for."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments, fp32 masters where the module is bf16, and the count of updates."""
+        state = {"updates": torch.tensor(self._updates)}
+        for name, master in self._masters.items():
+            kept = self._adam.state[master]
+            for moment in MOMENTS:
+                state[f"{moment}/{name}"] = kept.get(moment, torch.zeros_like(master)).detach().cpu().clone()
+            if master is not self._weights[name]:
+                state[f"master/{name}"] = master.detach().cpu().clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`; the module must hold the weights that belong to it."""
+        match_tensors(self.state_dict(), state, what="the optimiser state")
+        self._updates = int(state["updates"])
+        for name, master in self._masters.items():
+            self._adam.state[master] = {m: state[f"{m}/{name}"].to(master, copy=True) for m in MOMENTS}
+            self._adam.state[master]["step"] = torch.tensor(float(self._updates), device=self.device)
+            if master is not self._weights[name]:
+                master.data.copy_(state[f"master/{name}"])
+        self.zero_grad()
+
+    def _publish(self) -> None:
+        """Round the masters into the weights of the forward pass."""
+        for name, master in self._masters.items():
+            if master is not self._weights[name]:
+                self._weights[name].data.copy_(master.data)
+
+
+def _master(weight: nn.Parameter) -> nn.Parameter:
+    """`weight` itself, or an fp32 copy in which the gradients of a bf16 weight add up without being rounded."""
+    if weight.dtype == torch.float32:
+        return weight
+    master = nn.Parameter(weight.detach().float())
+
+    def accumulate(p: Tensor) -> None:
+        gradient = p.grad.float() if p.grad is not None else torch.zeros_like(master)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        p.grad = None
+
+    weight.register_post_accumulate_grad_hook(accumulate)  # type: ignore[no-untyped-call]
+    return master
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; `auto` is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise VelaturaError(f"engine.device is {name!r}, but torch sees no CUDA device. Use 'auto' or 'cpu'.")
+    return torch.device(name)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trained:
+        raise VelaturaError("no parameter of the model requires a gradient: there is nothing to train")
+    return trained
+
+
+def adamw(parameters: Sequence[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+    """The optimiser of every engine."""
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def set_rate(adam: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next step have the learning rate `rate`."""
+    for group in adam.param_groups:
+        group["lr"] = rate
+
+
+def clip(parameters: Sequence[Tensor], longest: float | None) -> Tensor:
+    """The global norm of the gradients, which are scaled down to `longest` if they are longer.
+
+    A parameter that took no part gets a zero gradient, as in ZeRO's flat buffers: its weight and moments decay.
+    """
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if longest is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, longest, norm)
+    return norm

@@ -1,0 +1,100 @@
+"""What pydantic complains about, in the words of this project: the nearest known key, and the value it got."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from velatura.core.errors import suggest
+
+Location = tuple[int | str, ...]
+
+
+def complaints(error: ValidationError, model: type[BaseModel], noun: str) -> Iterator[tuple[Location, str]]:
+    """Each complaint as (where, what), with `noun` ("option", "key") for what an unknown name should have been.
+
+    Unknown names come first, as they explain what is missing. The place is a path through the data: the tags that
+    pydantic puts in for the members of a union are left out.
+    """
+    details = error.errors(include_url=False)
+    for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden"):
+        places = list(_walk(model, detail["loc"]))
+        location = tuple(part for part, _ in places if part != "[key]")
+        yield location, _describe(detail, places, model, noun)
+
+
+def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: type[BaseModel], noun: str) -> str:
+    """One complaint in words."""
+    expected = places[-1][1] if places else model
+    if detail["type"] == "extra_forbidden":
+        parent = places[-2][1] if len(places) > 1 else model
+        return f"no such {noun}.{suggest(str(detail['loc'][-1]), keys(parent))}"
+    if detail["type"] == "missing":
+        return f"this {noun} is missing"
+    if detail["type"] == "union_tag_invalid":
+        given = str(detail["ctx"]["tag"])
+        return f"no stage is of kind {given!r}.{suggest(given, _tags(expected))}"
+    if detail["type"] == "union_tag_not_found":
+        return f"'stage' is missing; it says of what kind the stage is: {', '.join(_tags(expected))}"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    return f"{detail['msg']} (got {reprlib.repr(detail['input'])})"
+
+
+def _tags(annotation: Any) -> list[str]:
+    """The kinds that a discriminated union knows."""
+    return [tag for member in _members(annotation) for tag in _tag(member)]
+
+
+def _walk(annotation: Any, location: Location) -> Iterator[tuple[int | str, Any]]:
+    """The parts of a location that are places in the data, each with the type expected there."""
+    for part in location:
+        members = [member for member in _members(annotation) if part in _tag(member)]
+        if members:
+            annotation = members[0]
+            continue
+        annotation = _step(annotation, part)
+        yield part, annotation
+
+
+def _step(annotation: Any, part: int | str) -> Any:
+    """The type expected at `part` of a value of type `annotation`; Any where nothing is known."""
+    for member in _members(annotation):
+        origin, arguments = get_origin(member), get_args(member)
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            for name, field in member.model_fields.items():
+                if part in (name, field.alias):
+                    return field.annotation
+        elif isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
+            return arguments[1]
+        elif origin is not None and isinstance(part, int) and arguments:
+            return arguments[0]
+    return Any
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of a union, looked for through `Annotated`; the type itself where it is none."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [member for argument in get_args(annotation) for member in _members(argument)]
+    return [annotation]
+
+
+def _tag(member: Any) -> tuple[Any, ...]:
+    """How a discriminated union names this member in locations."""
+    if not (isinstance(member, type) and issubclass(member, BaseModel)) or "stage" not in member.model_fields:
+        return ()
+    annotation = member.model_fields["stage"].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def keys(annotation: Any) -> list[str]:
+    """The keys that a value of this type may have."""
+    models = [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]

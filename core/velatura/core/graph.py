@@ -1,0 +1,131 @@
+"""How the stages of a recipe depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from velatura.core.errors import suggest
+from velatura.core.settings import DistillStage, EvaluateStage, RLStage, Stage
+from velatura.core.source import Location
+
+BASE = "base"
+"""What the adapter loads: not a stage, and every model comes from it."""
+TRAINED = ("rl", "distill", "supervised")
+TEACHING = ("rl", "supervised")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A stage names another."""
+
+    at: Location
+    target: str
+    kinds: tuple[str, ...]
+    """Kinds of stage that may stand here."""
+    role: str
+    """What the other is here."""
+    base: bool = False
+    """Whether `base` may stand here."""
+
+
+def references(name: str, stage: Stage) -> Iterator[Reference]:
+    """All places in which a stage names another."""
+    at = ("stages", name)
+    for field in ("init", "model", "baseline"):
+        if hasattr(stage, field):
+            target = getattr(stage, field)
+            yield Reference(at=(*at, field), target=target, kinds=TRAINED, role="a model", base=True)
+    if isinstance(stage, EvaluateStage):
+        for index, target in enumerate(stage.models):
+            yield Reference(at=(*at, "models", index), target=target, kinds=TRAINED, role="a model", base=True)
+    if isinstance(stage, RLStage) and stage.prompts is not None:
+        yield Reference(at=(*at, "prompts"), target=stage.prompts, kinds=("curate",), role="a choice of prompts")
+    if isinstance(stage, DistillStage):
+        for route, target in stage.teachers.items():
+            yield Reference(at=(*at, "teachers", route), target=target, kinds=TEACHING, role="a teacher")
+        for route, target in stage.prompts.items():
+            yield Reference(at=(*at, "prompts", route), target=target, kinds=("curate",), role="a choice of prompts")
+
+
+def complaints(stages: Mapping[str, Stage]) -> Iterator[tuple[Location, str]]:
+    """What is wrong with the references: unknown stages, stages of the wrong kind, cycles."""
+    sound = True
+    for name, stage in stages.items():
+        for reference in references(name, stage):
+            message = _complaint(name, reference, stages)
+            if message:
+                sound = False
+                yield reference.at, message
+    cycle = _cycle(stages) if sound else []
+    if cycle:
+        yield ("stages", cycle[0]), f"stage cycle: {' -> '.join(cycle)}"
+
+
+def _complaint(name: str, reference: Reference, stages: Mapping[str, Stage]) -> str:
+    """What is wrong with one reference; nothing, if the answer is empty."""
+    target = reference.target
+    fitting = [other for other, stage in stages.items() if stage.stage in reference.kinds and other != name]
+    if target == BASE and reference.base:
+        return ""
+    if target not in stages:
+        return f"no stage is called {target!r}.{suggest(target, [BASE, *fitting] if reference.base else fitting)}"
+    if target == name:
+        return f"stage {name!r} needs its own result"
+    if stages[target].stage not in reference.kinds:
+        kinds = " or ".join(reference.kinds)
+        return (
+            f"stage {target!r} is of kind {stages[target].stage}; {reference.role} comes from a stage of kind {kinds}"
+        )
+    return ""
+
+
+def dependencies(stages: Mapping[str, Stage], name: str) -> list[str]:
+    """The stages whose results this one reads, in the order of the recipe."""
+    stage = stages[name]
+    targets = {reference.target for reference in references(name, stage)}
+    if isinstance(stage, DistillStage):  # a route without prompts takes those its teacher was trained on
+        for route, teacher in stage.teachers.items():
+            origin = getattr(stages.get(teacher), "prompts", None)
+            if route not in stage.prompts and isinstance(origin, str):
+                targets.add(origin)
+    return [other for other in stages if other in targets and other != BASE]
+
+
+def order(stages: Mapping[str, Stage]) -> list[str]:
+    """All stages, each after those it depends on; otherwise as in the recipe."""
+    done: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        for other in dependencies(stages, name):
+            if other not in done:
+                visit(other)
+        done[name] = None
+
+    for name in stages:
+        if name not in done:
+            visit(name)
+    return list(done)
+
+
+def _cycle(stages: Mapping[str, Stage]) -> list[str]:
+    """The first cycle found, closed (a, b, a); empty if there is none."""
+    finished: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in finished:
+            return []
+        for other in dependencies(stages, name):
+            found = visit(other, [*path, name])
+            if found:
+                return found
+        finished.add(name)
+        return []
+
+    for name in stages:
+        found = visit(name, [])
+        if found:
+            return found
+    return []

@@ -1,0 +1,192 @@
+"""Pictures to a report of scores and statuses. A reward that fails is a status, retried, counted, and budgeted."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from loguru import logger
+
+from velatura.core.components import RewardModel
+from velatura.core.errors import RewardError
+from velatura.core.types import Prompt, RewardReport, Sample, Scores, Status
+
+WINDOW = 200
+"""Scores over which the failure rate is measured, at least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedReward:
+    """A reward model with its place in the composite."""
+
+    label: str
+    """How reports name it."""
+    at: str
+    """Where the recipe names it, for messages."""
+    model: RewardModel  # type: ignore[type-arg]
+    weight: float = 1.0
+    weight_by_category: Mapping[str, float] = field(default_factory=dict)
+
+    def weight_for(self, prompt: Prompt) -> float:
+        """Weight for the prompt's category; 0 where the reward does not apply."""
+        return self.weight_by_category.get(prompt.category, self.weight) if self.model.applies(prompt) else 0.0
+
+
+class Judge:
+    """Scores samples in a pool of threads while the next ones are made.
+
+    `submit` returns at once; `report` waits for everything submitted since the last report.
+    """
+
+    def __init__(
+        self, rewards: Sequence[WeightedReward], *, max_failed: float, retries: int = 1, workers: int | None = None
+    ) -> None:
+        self.rewards = tuple(rewards)
+        self.max_failed = max_failed
+        self.retries = retries
+        self._pool = ThreadPoolExecutor(max_workers=workers or max(1, len(self.rewards)), thread_name_prefix="judge")
+        self._pending: list[tuple[tuple[Sample, ...], list[Future[Scores]]]] = []
+        self._recent: dict[str, deque[bool]] = {r.label: deque(maxlen=WINDOW) for r in self.rewards}
+        self.failures: Counter[tuple[str, str]] = Counter()
+        """(reward, status name) -> count, over the life of this judge."""
+
+    def submit(self, samples: Sequence[Sample]) -> None:
+        """Begin to score samples; groups must be whole."""
+        if not self.rewards:
+            return
+        own = tuple(samples)
+        self._pending.append((own, [self._pool.submit(self._score, reward, own) for reward in self.rewards]))
+
+    def report(self, prompts: Sequence[Prompt]) -> RewardReport:
+        """Scores of all samples submitted since the last report, in the order of submission.
+
+        Raises:
+            RewardError: a reward failed more often than `max_failed` allows.
+        """
+        pending, self._pending = self._pending, []
+        samples = [sample for own, _ in pending for sample in own]
+        columns = [_joined([futures[r].result() for _, futures in pending]) for r in range(len(self.rewards))]
+        for reward, scores in zip(self.rewards, columns, strict=True):
+            self._count(reward, scores)
+        return RewardReport(
+            names=tuple(r.label for r in self.rewards),
+            scores=torch.stack([c.values for c in columns], dim=1),
+            status=torch.tensor([[int(s) for s in c.status] for c in columns]).T.contiguous(),
+            weight=torch.tensor([[r.weight_for(s.prompt) for r in self.rewards] for s in samples]),
+            group=torch.tensor([s.group for s in samples]),
+            prompts=tuple(prompts),
+            reasons=tuple(c.reasons for c in columns),
+        )
+
+    def close(self) -> None:
+        """Stop the threads; what has not begun is not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _score(self, reward: WeightedReward, samples: Sequence[Sample]) -> Scores:
+        """All samples through one reward; those it does not apply to are never shown to it."""
+        shown = [i for i, sample in enumerate(samples) if reward.weight_for(sample.prompt) > 0 or
+                 (reward.weight == 0 and reward.model.applies(sample.prompt))]  # fmt: skip
+        values = torch.zeros(len(samples))
+        status = [Status.NOT_APPLICABLE] * len(samples)
+        reasons = ["does not apply to this prompt"] * len(samples)
+        for part in _scopes(reward.model, samples, shown):
+            scores = self._patiently(reward, [samples[i] for i in part])
+            for j, i in enumerate(part):
+                values[i] = scores.values[j]
+                status[i] = scores.status[j]
+                reasons[i] = scores.reasons[j] if scores.reasons else ""
+        return Scores(values=values, status=tuple(status), reasons=tuple(reasons))
+
+    def _patiently(self, reward: WeightedReward, samples: Sequence[Sample]) -> Scores:
+        """Score a batch; when that fails, again, and then one by one, so that one bad sample spoils no other."""
+        for attempt in range(1 + self.retries):
+            scores = _once(reward.model, samples)
+            if not isinstance(scores, str):
+                return scores
+            logger.debug("reward '{}' failed (attempt {}): {}", reward.label, attempt + 1, scores)
+        if len(samples) == 1 or reward.model.scope == "group":
+            return Scores.missing(len(samples), Status.FAILED, scores)
+        return _joined([_once_or_failed(reward.model, [sample]) for sample in samples])
+
+    def _count(self, reward: WeightedReward, scores: Scores) -> None:
+        recent = self._recent[reward.label]
+        reason = ""
+        for i, status in enumerate(scores.status):
+            if status is Status.NOT_APPLICABLE:
+                continue
+            recent.append(status is not Status.OK)
+            if status is not Status.OK:
+                self.failures[reward.label, status.name.lower()] += 1
+                reason = scores.reasons[i] if scores.reasons else "no reason given"
+        rate = sum(recent) / max(1, len(recent))
+        if rate > self.max_failed:
+            raise RewardError(
+                f"{reward.at}: reward '{reward.label}' gave no score for {sum(recent)} of its last {len(recent)} "
+                f"samples ({rate:.0%}); the budget `max_failed` is {self.max_failed:.0%}. Last reason: {reason}. "
+                f"Mend the reward and start again: finished stages and checkpoints are kept."
+            )
+
+
+def _scopes(model: RewardModel, samples: Sequence[Sample], shown: Sequence[int]) -> list[list[int]]:  # type: ignore[type-arg]
+    if not shown:
+        return []
+    if model.scope == "sample":
+        return [list(shown)]
+    groups: dict[int, list[int]] = {}
+    for i in shown:
+        groups.setdefault(samples[i].group, []).append(i)
+    return list(groups.values())
+
+
+def _once(model: RewardModel, samples: Sequence[Sample]) -> Scores | str:  # type: ignore[type-arg]
+    """Scores, or the reason why there are none. The edge of a plugin: any exception ends here."""
+    try:
+        scores = model.score(samples)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if not isinstance(scores, Scores):
+        return f"`score` returned {type(scores).__name__} instead of Scores"
+    if tuple(scores.values.shape) != (len(samples),) or len(scores.status) != len(samples):
+        return f"`score` returned {len(scores.values)} scores for {len(samples)} samples"
+    return _without_nonsense(scores)
+
+
+def _once_or_failed(model: RewardModel, samples: Sequence[Sample]) -> Scores:  # type: ignore[type-arg]
+    scores = _once(model, samples)
+    return Scores.missing(len(samples), Status.FAILED, scores) if isinstance(scores, str) else scores
+
+
+def _without_nonsense(scores: Scores) -> Scores:
+    """A NaN or infinite score is a failure."""
+    finite = torch.isfinite(scores.values)
+    reasons = scores.reasons or ("",) * len(scores.status)
+    return Scores(
+        values=torch.where(finite, scores.values.float().cpu(), 0.0),
+        status=tuple(
+            Status.FAILED if status is Status.OK and not ok else Status(status)
+            for status, ok in zip(scores.status, finite.tolist(), strict=True)
+        ),
+        reasons=tuple(
+            reason if ok else f"score is {value}"
+            for reason, ok, value in zip(reasons, finite.tolist(), scores.values.tolist(), strict=True)
+        ),
+    )
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return Scores(
+        values=torch.cat([part.values for part in parts]),
+        status=tuple(status for part in parts for status in part.status),
+        reasons=tuple(reason for part in parts for reason in (part.reasons or ("",) * len(part.status))),
+    )
+
+

@@ -1,0 +1,117 @@
+"""State points and velocities by role to one optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective
+from velatura.core.engine.protocol import Engine
+from velatura.core.points import MicroBatch
+from velatura.core.policy import CURRENT, Policy
+from velatura.core.rollout import guided_velocity
+from velatura.core.types import Conditioning, Role
+
+SET_OF = {Role.CURRENT: CURRENT, Role.OLD: "old", Role.REFERENCE: "reference"}
+"""Role -> name of its weight set. Teachers are sets of their own: `teacher/<name>`."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one optimiser step cost and measured."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Weighted sums over micro-batches."""
+    forward_rows: int = 0
+    """Transformer rows without gradient."""
+    gradient_rows: int = 0
+    """Transformer rows with forward and backward."""
+
+    def add(self, name: str, value: float) -> None:
+        """Sum `value` into a metric."""
+        self.metrics[name] = self.metrics.get(name, 0.0) + value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner:
+    """Everything needed to turn micro-batches into an optimiser step."""
+
+    engine: Engine
+    policy: Policy
+    adapter: ModelAdapter  # type: ignore[type-arg]
+    guidance: GuidancePolicy  # type: ignore[type-arg]
+    objective: PolicyObjective  # type: ignore[type-arg]
+
+    def learn(self, batches: Sequence[MicroBatch]) -> Tally:
+        """Accumulate the gradients of all micro-batches, then step once.
+
+        A teacher comes to the device when its first micro-batch does, and leaves before the next teacher's.
+        """
+        tally = Tally()
+        last = len(batches) - 1
+        for teacher, part in groupby(enumerate(batches), key=lambda item: item[1].teacher):
+            with self.policy.on_device(teacher, self.engine.device) if teacher else nullcontext():
+                for i, batch in part:
+                    self.accumulate(batch, tally, last=i == last)
+        info = self.engine.step()
+        if info.updated:
+            self.policy.changed()
+        tally.metrics |= {"grad_norm": info.grad_norm, "lr": info.lr, "updated": float(info.updated)}
+        return tally
+
+    def accumulate(self, batch: MicroBatch, tally: Tally, *, last: bool) -> None:
+        """Forward and backward of one micro-batch; metrics are weighted by its share of the points."""
+        velocity = self.velocities(batch, tally)
+        loss = self.objective.loss(batch.points, velocity)
+        self.engine.backward(loss.value, last=last)
+        tally.add("loss", float(loss.value.detach()))
+        share = float(batch.points.weight.sum())
+        for name, value in loss.metrics.items():
+            tally.add(name, float(value) * share)
+
+    def velocities(self, batch: MicroBatch, tally: Tally) -> dict[Role, Tensor]:
+        """[N ...] per role; equal weights under equal guidance are evaluated once."""
+        roles = self.objective.roles()
+        cond = self.adapter.encode(batch.prompts)
+        result: dict[Role, Tensor] = {}
+        others = [role for role in (Role.OLD, Role.REFERENCE, Role.TEACHER) if role in roles]
+        for role in others:
+            name = batch.teacher if role is Role.TEACHER else SET_OF[role]
+            if name is None:
+                raise ValueError("an objective asked for a teacher, but the stage has none")
+            if self._equals_current(role, name):
+                continue
+            with self.policy.wearing(name) as net:
+                result[role], rows = self._velocity(net, batch, cond, role)
+            tally.forward_rows += rows
+        current, rows = self._velocity(self.engine.module, batch, cond, Role.CURRENT)
+        tally.gradient_rows += rows
+        result |= {role: current.detach() for role in others if role not in result}
+        return {**result, Role.CURRENT: current}
+
+    def _equals_current(self, role: Role, name: str) -> bool:
+        grid = torch.linspace(0, 1, 5)
+        same_guidance = torch.equal(self.guidance.scale(role, grid), self.guidance.scale(Role.CURRENT, grid))
+        return same_guidance and self.policy.same(name, CURRENT)
+
+    def _velocity(
+        self, net: nn.Module, batch: MicroBatch, cond: Conditioning, role: Role
+    ) -> tuple[Tensor, int]:
+        points, scale = batch.points, self.guidance.scale(role, batch.points.t)
+        null = None
+        if bool((scale != 1).any()):
+            null = self.adapter.prepare(net, self.adapter.null(batch.prompts))
+        return guided_velocity(
+            net, self.adapter, self.guidance, points.x, points.t, self.adapter.prepare(net, cond), null, batch.rows,
+            role=role, limit=2 * len(points.x),
+        )  # fmt: skip
+
+
+def with_zero_advantage(batch: MicroBatch) -> MicroBatch:
+    """The same points, every sample exactly as good as its group."""
+    return replace(batch, points=replace(batch.points, advantage=torch.zeros_like(batch.points.advantage)))

@@ -1,0 +1,247 @@
+"""Which stages of a recipe are missing, and running them in order. Finished stages whose inputs did not change stay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from rich.console import Console
+
+from velatura.core import __version__
+from velatura.core.build import open_registry, resolve_options
+from velatura.core.checkpoint import write_json_atomic, write_text_atomic
+from velatura.core.errors import RecipeError
+from velatura.core.recipe import Recipe, content_hash, load_recipe
+from velatura.core.registry import Registry
+
+RESULTS = ("weights.safetensors", "kept.json", "samples.parquet")
+"""Files whose content is a stage's result, for the stages that build on it."""
+LIBRARIES = ("torch", "diffusers", "deepspeed", "transformers", "numpy", "scipy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run would do."""
+
+    recipe: Recipe
+    registry: Registry
+    folder: Path
+    base: Path
+    resolved: Mapping[str, Any]
+
+
+def plan_run(recipe_path: Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read and resolve a recipe; nothing runs.
+
+    Raises:
+        RecipeError: anything in the recipe that is wrong.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    registry = open_registry(recipe)
+    base = recipe_path.resolve().parent
+    resolved = resolve_options(registry, recipe)
+    folder = Path(recipe.output) if recipe.output else Path("runs") / recipe_path.stem
+    return Plan(recipe=recipe, registry=registry, folder=folder, base=base, resolved=resolved)
+
+
+def run_pipeline(
+    recipe_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    only: str | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Run every stage that is missing; returns the run folder.
+
+    A stage whose inputs changed is put aside under `replaced/`, never deleted, and done again.
+
+    Raises:
+        VelaturaError: with one message; earlier results stay as they are.
+    """
+    from velatura.core.check import check_combinations
+
+    plan = plan_run(recipe_path, overrides)
+    for warning in check_combinations(plan.recipe, plan.registry):
+        logger.warning(warning)
+    _claim(plan, recipe_path, overrides, fresh=fresh)
+    order = [name for name in plan.recipe.order() if only is None or name == only]
+    if only is not None and not order:
+        raise RecipeError(f"the recipe has no stage '{only}'. There is: {', '.join(plan.recipe.order())}.")
+    for number, name in enumerate(order, start=1):
+        _run_stage(plan, name, console, label=f"{number}/{len(order)}")
+    return plan.folder
+
+
+def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
+    """What a stage's result depends on, hashed one by one, so that a change can be named."""
+    recipe = plan.recipe
+    inputs = {f"option {key}": content_hash(value) for key, value in plan.resolved["stages"][name].items()}
+    inputs["seed"] = content_hash(recipe.seed)
+    inputs["engine"] = content_hash({k: v for k, v in plan.resolved["engine"].items() if k != "threads"})
+    inputs["velatura"] = content_hash(__version__)
+    for dependency in recipe.dependencies(name):
+        inputs[f"result of {dependency}"] = result_hash(plan.folder / dependency)
+    for path in recipe.plugins:
+        inputs[f"plugin {path}"] = file_hash(plan.base / path)
+    return inputs
+
+
+def result_hash(folder: Path) -> str:
+    """Hash of what a finished stage leaves for others; empty while there is nothing."""
+    found = [file_hash(folder / name) for name in RESULTS if (folder / name).exists()]
+    return content_hash(found) if found else ""
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, fresh: bool) -> None:
+    """Make the run folder this recipe's own, or say whose it is."""
+    from velatura.core.check import used_components
+
+    folder, marker = plan.folder, plan.folder / "run.json"
+    if marker.exists():
+        owner = json.loads(marker.read_text())["recipe"]
+        if owner != recipe_path.stem:
+            raise RecipeError(
+                f"{folder} belongs to recipe '{owner}', not to '{recipe_path.stem}'. Choose another folder: "
+                f"velatura run {recipe_path} output=runs/{recipe_path.stem}"
+            )
+        if fresh:
+            _put_aside(folder, [name for name in plan.recipe.order() if (folder / name).exists()])
+    elif folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} exists, is not empty, and is not a run of Velatura. Choose another `output`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(marker, {
+        "recipe": recipe_path.stem, "path": str(recipe_path.resolve()), "overrides": list(overrides),
+    })  # fmt: skip
+    write_text_atomic(folder / "recipe.yaml", recipe_path.read_text())
+    write_json_atomic(folder / "resolved.json", {
+        "recipe": plan.resolved,
+        "plugins": [vars_of(info) for info in used_components(plan.recipe, plan.registry)],
+        "environment": environment(plan.base),
+    })  # fmt: skip
+
+
+def vars_of(info: Any) -> dict[str, Any]:
+    """A component's provenance as plain data."""
+    return {key: getattr(info, key) for key in ("kind", "name", "plugin", "distribution", "version")}
+
+
+def environment(base: Path) -> dict[str, Any]:
+    """Where and with what this runs."""
+    git = subprocess.run(
+        ["git", "-C", str(base), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "velatura": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "git": git.stdout.strip() or None,
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def _put_aside(folder: Path, stages: Sequence[str]) -> None:
+    for name in stages:
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        target = folder / "replaced" / f"{name}-{stamp}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / name, target)
+        logger.info("{}: the earlier result is kept in {}", name, target)
+
+
+def _run_stage(plan: Plan, name: str, console: Console | None, *, label: str) -> None:
+    """Skip, resume or run one stage."""
+    folder = plan.folder / name
+    inputs = stage_inputs(plan, name)
+    manifest_path = folder / "manifest.json"
+    if manifest_path.exists():
+        manifest = json.loads(manifest_path.read_text())
+        changed = _difference(manifest["inputs"], inputs)
+        if not changed and manifest["status"] == "finished":
+            logger.info("[{}] {}: finished before and unchanged", label, name)
+            return
+        if changed:
+            logger.info("[{}] {}: done again, because this changed: {}", label, name, ", ".join(changed))
+            _put_aside(plan.folder, [name])
+    folder.mkdir(parents=True, exist_ok=True)
+    config = plan.recipe.stage(name)
+    manifest = {
+        "stage": name,
+        "kind": config.stage,
+        "status": "running",
+        "inputs": inputs,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": _seconds(manifest_path),
+        "result": {},
+    }
+    write_json_atomic(manifest_path, manifest)
+    logger.info("[{}] {}: {}", label, name, config.stage)
+    begin = time.perf_counter()
+    try:
+        result = _execute(plan, name, config, console)
+    except BaseException as error:
+        ending = {"status": "failed" if isinstance(error, Exception) else "interrupted", "error": str(error)}
+        _close(manifest_path, manifest, begin, ending)
+        raise
+    _close(manifest_path, manifest, begin, {"status": "finished", "result": result})
+
+
+def _close(path: Path, manifest: Mapping[str, Any], begin: float, ending: Mapping[str, Any]) -> None:
+    seconds = round(manifest["seconds"] + time.perf_counter() - begin, 2)
+    write_json_atomic(path, {**manifest, "seconds": seconds, **ending})
+
+
+def _seconds(path: Path) -> float:
+    """Time that earlier, cut-off attempts at this stage took."""
+    return float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+
+
+def _execute(plan: Plan, name: str, config: Any, console: Console | None) -> dict[str, Any]:
+    import torch
+
+    from velatura.core.stages.common import StageRun
+
+    module = import_module(f"velatura.core.stages.{config.stage}")
+    engine = plan.recipe.engine
+    if engine.threads:
+        torch.set_num_threads(engine.threads)
+    device = engine.device if engine.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    run = StageRun(
+        name=name,
+        config=config,
+        recipe=plan.recipe,
+        registry=plan.registry,
+        folder=plan.folder / name,
+        run_folder=plan.folder,
+        seed=plan.recipe.seed,
+        device=torch.device(device),
+        base=plan.base,
+        console=console,
+    )
+    run.observers += [
+        run.build("observer", ref, f"observers.{i}") for i, ref in enumerate(getattr(config, "observers", []))
+    ]
+    return dict(module.run(run))

@@ -1,0 +1,298 @@
+"""A recipe: a pipeline of named stages, read from YAML and checked as far as that goes without any plugin."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from velatura.core import graph
+from velatura.core.errors import RecipeError, prefixed, suggest
+from velatura.core.explain import complaints
+from velatura.core.settings import (
+    CurateStage,
+    DistillStage,
+    Engine,
+    EvaluateStage,
+    ExportStage,
+    Optimizer,
+    Ref,
+    RewardRef,
+    RLStage,
+    Sampling,
+    Settings,
+    Stage,
+    SupervisedStage,
+    Whole,
+)
+from velatura.core.source import Location, Source, assign, parse_override, read
+
+__all__ = [
+    "SLOTS",
+    "CurateStage",
+    "DistillStage",
+    "Engine",
+    "EvaluateStage",
+    "ExportStage",
+    "Optimizer",
+    "RLStage",
+    "Recipe",
+    "Ref",
+    "RewardRef",
+    "Sampling",
+    "Stage",
+    "SupervisedStage",
+    "content_hash",
+    "load_recipe",
+    "recipe_schema",
+]
+
+SLOTS = {
+    "adapter": "adapter",
+    "task": "task",
+    "tasks": "task",
+    "guidance": "guidance",
+    "kernel": "kernel",
+    "timesteps": "timesteps",
+    "rewards": "reward",
+    "advantage": "advantage",
+    "objective": "objective",
+    "distiller": "distiller",
+    "prompt_filter": "prompt_filter",
+    "evaluators": "evaluator",
+    "observers": "observer",
+}
+"""Slot of a stage -> kind of the component (or components) in it."""
+
+MERGED = ("sampling", "optimizer")
+"""Settings that a stage takes over field by field from the top; a slot is taken over as a whole."""
+
+STAGE_CLASSES = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(get_args(Stage)[0])}
+"""Kind of stage -> its class."""
+
+
+class Recipe(Settings):
+    """What `velatura run` does: stages, and defaults that they share."""
+
+    _source: Source | None = PrivateAttr(None)
+
+    seed: Whole = Field(0, description="Every random number of the run follows from it.")
+    output: str | None = Field(None, description="Run folder; runs/<name of the recipe file> when left out.")
+    plugins: list[str] = Field(
+        default_factory=list, description="Python files that are plugins, relative to the recipe: ./my_reward.py"
+    )
+    engine: Engine = Engine()
+    adapter: Ref | None = Field(None, description="Default for every stage with this slot, like all that follow.")
+    task: Ref | None = None
+    guidance: Ref | None = None
+    kernel: Ref | None = None
+    timesteps: Ref | None = None
+    rewards: list[RewardRef] | None = None
+    advantage: Ref | None = None
+    objective: Ref | None = None
+    distiller: Ref | None = None
+    prompt_filter: Ref | None = None
+    evaluators: list[Ref] | None = None
+    observers: list[Ref] | None = None
+    sampling: Sampling | None = None
+    optimizer: Optimizer | None = None
+    stages: dict[str, Stage] = Field(
+        min_length=1, description="Name -> stage; an order is found from their references."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_defaults(cls, data: Any) -> Any:
+        """Fill the slots that a stage leaves out with those at the top."""
+        if not isinstance(data, dict) or not isinstance(data.get("stages"), dict):
+            return data
+        return {**data, "stages": {name: _with_defaults(stage, data) for name, stage in data["stages"].items()}}
+
+    def model_post_init(self, context: Any) -> None:
+        """Remember the text, for messages."""
+        self._source = context if isinstance(context, Source) else None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        found = [*self._misnamed(), *graph.complaints(self.stages)]
+        if found:
+            raise RecipeError("\n".join(dict.fromkeys(prefixed(self.at(place), message) for place, message in found)))
+        return self
+
+    def _misnamed(self) -> Iterator[tuple[Location, str]]:
+        """Names that cannot be used for what they name."""
+        for name, stage in self.stages.items():
+            if name == graph.BASE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                reason = (
+                    "it stands for the model that everything starts from" if name == graph.BASE else "it is a folder"
+                )
+                yield ("stages", name), f"a stage cannot have this name: {reason}. Use letters, digits, '_' and '-'"
+            seen: set[str] = set()
+            for index, reward in enumerate(getattr(stage, "rewards", ())):
+                if reward.label in seen:
+                    message = f"two rewards are called {reward.label!r}; give one of them another 'name'"
+                    yield ("stages", name, "rewards", index), message
+                seen.add(reward.label)
+        for index, plugin in enumerate(self.plugins):
+            if not plugin.endswith(".py"):
+                message = f"{plugin!r} is not a .py file; an installed plugin is used by naming it: 'use: {plugin}/...'"
+                yield ("plugins", index), message
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths in options start: the folder of the recipe."""
+        return Path(self._source.name).parent if self._source else Path()
+
+    def at(self, location: Location) -> str:
+        """A place for messages, `recipe.yaml:12: stages.a.rewards.0`, where it was written: in the stage or above."""
+        if self._source is None:
+            return ".".join(str(part) for part in location)
+        return self._source.at(_as_written(self._source, location))
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name, defaults filled in."""
+        if name not in self.stages:
+            raise RecipeError(f"no stage is called {name!r}.{suggest(name, self.stages)}")
+        return self.stages[name]
+
+    def dependencies(self, name: str) -> list[str]:
+        """The stages whose results this one reads, in the order of the recipe."""
+        return graph.dependencies(self.stages, name)
+
+    def order(self) -> list[str]:
+        """All stages, each after those it depends on; otherwise as in the recipe."""
+        return graph.order(self.stages)
+
+    def task_of(self, name: str) -> Ref | None:
+        """The task whose prompts a stage trains on or curates."""
+        stage = self.stage(name)
+        if isinstance(stage, RLStage) and stage.prompts is not None:
+            return self.task_of(stage.prompts)
+        return stage.task if isinstance(stage, CurateStage | RLStage | SupervisedStage) else None
+
+    def tasks_of(self, name: str) -> dict[str, Ref]:
+        """Route -> task for an evaluate stage: its own, else those of all stages (a route is the name they go by in
+        a distill stage, otherwise that of the first stage)."""
+        stage = self.stage(name)
+        if isinstance(stage, EvaluateStage) and stage.tasks:
+            return dict(stage.tasks)
+        found: dict[str, Ref] = {}
+        routes = [(r, t) for s in self.stages.values() if isinstance(s, DistillStage) for r, t in s.teachers.items()]
+        for route, origin in [*routes, *((other, other) for other in self.stages)]:
+            task = self.task_of(origin)
+            if task is not None and task not in found.values():
+                found[route] = task
+        return found
+
+    def references(self) -> Iterator[tuple[Location, str, Ref]]:
+        """Every component of every stage: place, kind, reference."""
+        for name, stage in self.stages.items():
+            for slot, kind in SLOTS.items():
+                value = getattr(stage, slot, None)
+                for place, ref in _refs(value):
+                    yield ("stages", name, slot, *place), kind, ref
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data with every default of the recipe filled in, and nothing left at the top that a stage has."""
+        keep = {"seed", "output", "plugins", "engine", "stages"}
+        return self.model_dump(mode="json", by_alias=True, include=keep)
+
+
+def _refs(value: Any) -> Iterator[tuple[Location, Ref]]:
+    """The references in a slot: one, a list, or a mapping."""
+    if isinstance(value, Ref):
+        yield (), value
+    elif isinstance(value, list):
+        yield from (((index,), ref) for index, ref in enumerate(value))
+    elif isinstance(value, dict):
+        yield from (((key,), ref) for key, ref in value.items())
+
+
+def _with_defaults(stage: Any, top: dict[str, Any]) -> Any:
+    """A stage as data, with the slots it leaves out."""
+    known = STAGE_CLASSES.get(str(stage.get("stage"))) if isinstance(stage, dict) else None
+    if known is None:
+        return stage
+    merged = dict(stage)
+    for slot in known.model_fields:
+        if slot not in (*SLOTS, *MERGED) or top.get(slot) is None or (slot == "task" and stage.get("prompts")):
+            continue
+        own = merged.setdefault(slot, top[slot])
+        if slot in MERGED and isinstance(own, dict) and isinstance(top[slot], dict):
+            merged[slot] = {**top[slot], **own}
+    return merged
+
+
+def _as_written(source: Source, location: Location) -> Location:
+    """Where a value of a stage was really written: there, or among the defaults at the top."""
+    if location[:1] != ("stages",) or len(location) < 3:
+        return location
+    inherited = location[2:]
+    depth = 2 if inherited[0] in MERGED else 1
+    here = source.has(location[: 2 + depth])
+    return location if here or not source.has(inherited[:depth]) else inherited
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b.c=value` overrides, and say with line numbers what is wrong with it."""
+    path = Path(path)
+    source = read(path)
+    for override in overrides:
+        location, value = parse_override(override)
+        _make_room(source, location)
+        assign(source, location, value)
+    if source.data.get("output") is None:
+        source.data["output"] = f"runs/{path.stem}"
+    try:
+        return Recipe.model_validate(source.data, context=source)
+    except ValidationError as error:
+        raise RecipeError("\n".join(dict.fromkeys(_lines(error, source)))) from error
+
+
+def _lines(error: ValidationError, source: Source) -> Iterator[str]:
+    """What is wrong, one line each."""
+    for location, message in complaints(error, Recipe, "key"):
+        if message == "this key is missing" and location[-1] in Recipe.model_fields and len(location) == 3:
+            advice = f"{location[-1]!r} is missing; give it here, or once at the top of the recipe for every stage"
+            yield prefixed(source.at(location[:-1]), advice)
+        else:
+            yield prefixed(source.at(_as_written(source, location)), message)
+
+
+def _make_room(source: Source, location: Location) -> None:
+    """Write out what a stage takes over from the top or by default, so that an override can change a part of it."""
+    stages = source.data.get("stages")
+    if location[0] != "stages" or len(location) < 3 or not isinstance(stages, dict):
+        return
+    name, slot = str(location[1]), str(location[2])
+    if name not in stages:
+        raise RecipeError(f"command line: no stage is called {name!r}.{suggest(name, map(str, stages))}")
+    stage = stages[name]
+    known = STAGE_CLASSES.get(str(stage.get("stage"))) if isinstance(stage, dict) else None
+    if known is None or len(location) < 4 or slot in stage or slot not in SLOTS or slot not in known.model_fields:
+        return
+    default = known.model_fields[slot].get_default(call_default_factory=True)
+    if source.data.get(slot) is not None:
+        stage[slot] = copy.deepcopy(source.data[slot])
+    elif isinstance(default, Ref):
+        stage[slot] = default.model_dump(by_alias=True)
+
+
+def content_hash(data: Any) -> str:
+    """SHA-256 of plain data, independent of the order of keys."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors. What a stage may take over from the top is not required in it."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    for stage in STAGE_CLASSES.values():
+        definition = schema["$defs"][stage.__name__]
+        definition["required"] = [key for key in definition["required"] if key not in Recipe.model_fields]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

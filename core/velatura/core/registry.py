@@ -1,0 +1,203 @@
+"""From (kind, name) to a class: which plugins there are, and what they offer. Imports only what is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Self
+
+from velatura.core.components import CONTRACTS, Component
+from velatura.core.describe import summary_of
+from velatura.core.errors import PluginError, RecipeError, prefixed, suggest
+from velatura.core.plugin import Offer, Origin, import_file, load, new_manager, offers
+
+DISTRIBUTION = "velatura"
+"""Entry points of this distribution are built-ins."""
+GROUP = "velatura"
+"""The entry point group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentInfo:
+    """One line of `velatura plugins list`."""
+
+    kind: str
+    name: str
+    """How a recipe names it."""
+    plugin: str
+    distribution: str
+    """The installed package, or the plugin file."""
+    version: str
+    summary: str
+    """First line of the class's docstring."""
+    problem: str = ""
+    """Why it cannot be used; empty when all is well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokenPlugin:
+    """A plugin that cannot be used."""
+
+    name: str
+    distribution: str
+    version: str
+    error: PluginError
+    """What to tell the user; its `__cause__` is what the plugin raised."""
+
+
+class Registry:
+    """All plugins and their components. Nothing is imported before somebody asks for it by name."""
+
+    def __init__(self) -> None:
+        """No plugins yet; see `discover` and `empty`."""
+        self._manager = new_manager()
+        self._importers: dict[Origin, Callable[[], object]] = {}
+        self._plugins: dict[Origin, object] = {}
+        self._errors: dict[Origin, PluginError] = {}
+        self._offers: dict[tuple[Origin, str], list[Offer]] = {}
+
+    @classmethod
+    def discover(cls) -> Self:
+        """Everything that is installed."""
+        registry = cls()
+        for entry in entry_points(group=GROUP):
+            name = entry.dist.name if entry.dist else ""
+            version = entry.dist.version if entry.dist else ""
+            builtin = name == DISTRIBUTION
+            origin = Origin(plugin=entry.name, distribution=name, version=version, builtin=builtin)
+            registry._importers[origin] = partial(EntryPoint.load, entry)
+        registry._refuse_namesakes()
+        return registry
+
+    @classmethod
+    def empty(cls) -> Self:
+        """No plugins at all, whatever is installed: for tests."""
+        return cls()
+
+    def add(self, plugin: object, name: str, *, builtin: bool = False) -> None:
+        """Use an object with hooks (a module, usually) as a plugin."""
+        self._include(Origin(plugin=name, builtin=builtin), lambda: plugin)
+
+    def add_file(self, path: str | Path) -> None:
+        """Use a Python file as a plugin named after it. A second time for the same file does nothing."""
+        path = Path(path).resolve()
+        if not path.is_file():
+            raise PluginError(f"there is no plugin file {str(path)!r}")
+        self._include(Origin(plugin=path.stem, distribution=str(path), is_file=True), partial(import_file, path))
+
+    def _include(self, origin: Origin, importer: Callable[[], object]) -> None:
+        if origin not in self._importers:
+            self._importers[origin] = importer
+            self._refuse_namesakes()
+
+    def _refuse_namesakes(self) -> None:
+        """Plugins of one name cannot be told apart by a recipe: none of them can be used."""
+        counts = Counter(origin.plugin for origin in self._importers if not origin.builtin)
+        for origin in self._importers:
+            if not origin.builtin and counts[origin.plugin] > 1:
+                owners = [o.package for o in self._importers if o.plugin == origin.plugin and not o.builtin]
+                names = " and from ".join(sorted(owners))
+                advice = "rename one of the files, or uninstall one of the packages"
+                self._errors[origin] = PluginError(f"two plugins are called {origin.plugin!r}: from {names}; {advice}")
+
+    def get(self, kind: str, name: str, at: str = "") -> type[Component[Any]]:
+        """The class that a recipe means by `name`; `at` is the place in the recipe, for messages."""
+        return self._find(kind, name, at).resolve()
+
+    def info(self, kind: str, name: str, at: str = "") -> ComponentInfo:
+        """Where a component comes from, and what it is in a line."""
+        return _describe(self._find(kind, name, at))
+
+    def list(self) -> Sequence[ComponentInfo]:
+        """Every component of every plugin that works. Imports all plugins, but not what they name by string."""
+        found: list[ComponentInfo] = []
+        for kind in CONTRACTS:
+            for origin in self._importers:
+                try:
+                    found += [_describe(offer) for offer in self._provided(origin, kind)]
+                except PluginError as error:
+                    self._errors.setdefault(origin, error)
+        return sorted(found, key=lambda info: (list(CONTRACTS).index(info.kind), "/" in info.name, info.name))
+
+    @property
+    def broken(self) -> tuple[BrokenPlugin, ...]:
+        """Plugins that were asked for and cannot be used; all of them after `list`."""
+        return tuple(
+            BrokenPlugin(name=o.plugin, distribution=o.distribution, version=o.version, error=error)
+            for o, error in self._errors.items()
+        )
+
+    def _find(self, kind: str, name: str, at: str) -> Offer:
+        """What provides this component."""
+        if kind not in CONTRACTS:
+            raise PluginError(f"there is no kind of component called {kind!r}.{suggest(kind, CONTRACTS)}")
+        namespace, slash, short = name.partition("/")
+        if slash:
+            origins = [origin for origin in self._importers if origin.plugin == namespace and not origin.builtin]
+            if not origins:
+                installed = {origin.plugin for origin in self._importers if not origin.builtin}
+                hint = suggest(namespace, installed) if installed else ""
+                raise RecipeError(prefixed(at, f"no plugin {namespace!r} is installed.{hint}"))
+            return self._only(kind, name, short, origins, at)
+        builtins = [origin for origin in self._importers if origin.builtin]
+        files = [origin for origin in self._importers if origin.is_file]
+        taken = any(offer.short == name for offer in self._of(builtins, kind)[0])
+        return self._only(kind, name, name, builtins if taken else [*builtins, *files], at)
+
+    def _only(self, kind: str, name: str, short: str, origins: Iterable[Origin], at: str) -> Offer:
+        """The one component of this name in these plugins."""
+        there, errors = self._of(origins, kind)
+        matches = [offer for offer in there if offer.short == short]
+        if not matches and errors:
+            raise errors[0]
+        if not matches:
+            known = {offer.name for offer in there}
+            raise RecipeError(prefixed(at, f"no {kind} is called {name!r}.{suggest(name, known)}"))
+        if len(matches) > 1:
+            owners = " and ".join(str(offer.origin) for offer in matches)
+            raise PluginError(prefixed(at, f"two components of kind {kind} are called {name!r}: one of {owners}"))
+        return matches[0]
+
+    def _of(self, origins: Iterable[Origin], kind: str) -> tuple[Sequence[Offer], Sequence[PluginError]]:
+        """What these plugins offer of one kind, and why some of them offer nothing."""
+        there: list[Offer] = []
+        errors: list[PluginError] = []
+        for origin in origins:
+            try:
+                there += self._provided(origin, kind)
+            except PluginError as error:
+                errors.append(error)
+        return there, errors
+
+    def _provided(self, origin: Origin, kind: str) -> Sequence[Offer]:
+        """What a plugin offers of one kind; the plugin is imported on the first question."""
+        if origin in self._errors:
+            raise self._errors[origin]
+        if (origin, kind) not in self._offers:
+            try:
+                if origin not in self._plugins:
+                    self._plugins[origin] = load(self._manager, origin, self._importers[origin])
+                self._offers[origin, kind] = offers(self._manager, origin, self._plugins[origin], kind)
+            except PluginError as error:
+                self._errors[origin] = error
+                raise
+        return self._offers[origin, kind]
+
+
+def _describe(offer: Offer) -> ComponentInfo:
+    """One component in a line."""
+    summary, problem = summary_of(offer.target)
+    origin = offer.origin
+    return ComponentInfo(
+        kind=offer.kind,
+        name=offer.name,
+        plugin=origin.plugin,
+        distribution=origin.distribution,
+        version=origin.version,
+        summary=summary,
+        problem=problem,
+    )

@@ -1,0 +1,195 @@
+"""Prompts to pictures: K steps of the sampler under a guidance policy, the prompt's prefix computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from velatura.core.components import GuidancePolicy, Kernel, ModelAdapter
+from velatura.core.seeds import generator
+from velatura.core.types import Conditioning, Prompt, Role, Sample, StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """How pictures are made, apart from the weights that make them."""
+
+    adapter: ModelAdapter  # type: ignore[type-arg]
+    guidance: GuidancePolicy  # type: ignore[type-arg]
+    kernel: Kernel  # type: ignore[type-arg]
+    steps: int
+    """Solver steps K."""
+    batch: int
+    """Most samples at once; both branches of guidance share a forward when twice the samples fit."""
+    role: Role = Role.ROLLOUT
+
+    def needs_null(self, times: Tensor) -> bool:
+        """Whether any step of the grid evaluates the unconditional branch."""
+        return bool((self.guidance.scale(self.role, times[:-1]) != 1).any())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The finished samples of a few prompts."""
+
+    rows: Tensor
+    """[B'] row of the prompt, in the order of the prompts asked for."""
+    samples: tuple[Sample, ...]
+    latents: Tensor
+    """[B' ...]."""
+    trajectory: Tensor | None
+    """[T B' ...] when it was asked for."""
+    network_rows: int
+    """Rows that went through the transformer, branches counted singly."""
+
+
+def layout(prompt: Prompt) -> tuple[tuple[int, ...], ...]:
+    """What must be equal for two prompts to share a batch: number and size of the source images."""
+    return tuple(tuple(source.shape) for source in prompt.sources)
+
+
+def by_layout(prompts: Sequence[Prompt], rows: Sequence[int], limit: int) -> list[list[int]]:
+    """`rows` in pieces of at most `limit` whose prompts share a layout, order kept."""
+    pieces: list[list[int]] = []
+    for row in rows:
+        last = pieces[-1] if pieces else None
+        if last and len(last) < limit and layout(prompts[last[0]]) == layout(prompts[row]):
+            last.append(row)
+        else:
+            pieces.append([row])
+    return pieces
+
+
+def rollout(
+    net: nn.Module,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[Sequence[int]],
+    plan: StepPlan | None = None,
+    *,
+    keep_trajectory: bool = False,
+) -> Iterator[Chunk]:
+    """Sample each prompt with each of its seeds; yields whole groups, so that they can be judged meanwhile.
+
+    Row b depends on its prompt and its seed alone, up to the rounding of batched arithmetic.
+    """
+    group = max(len(own) for own in seeds)
+    null_of: dict[object, Conditioning] = {}
+    for piece in by_layout(prompts, range(len(prompts)), max(1, sampler.batch // group)):
+        own = [prompts[row] for row in piece]
+        with torch.no_grad():
+            cond = sampler.adapter.prepare(net, sampler.adapter.encode(own))
+            null = _null(net, sampler, own, null_of)
+            rows = torch.tensor([i for i, row in enumerate(piece) for _ in seeds[row]])
+            flat = [seed for row in piece for seed in seeds[row]]
+            yield _integrate(net, sampler, own, rows, flat, cond, null, plan, keep_trajectory, offset=piece)
+
+
+def _null(
+    net: nn.Module, sampler: Sampler, prompts: Sequence[Prompt], known: dict[object, Conditioning]
+) -> Conditioning | None:
+    """The prepared unconditional branch; for prompts without sources it is the same for all, and made once."""
+    if not sampler.needs_null(sampler.adapter.times(sampler.steps, prompts[0])):
+        return None
+    key = (layout(prompts[0]), len(prompts))
+    if not prompts[0].sources and key in known:
+        return known[key]
+    null = sampler.adapter.prepare(net, sampler.adapter.null(prompts))
+    if not prompts[0].sources:
+        known[key] = null
+    return null
+
+
+def _integrate(
+    net: nn.Module,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    rows: Tensor,
+    seeds: Sequence[int],
+    cond: Conditioning,
+    null: Conditioning | None,
+    plan: StepPlan | None,
+    keep_trajectory: bool,
+    *,
+    offset: Sequence[int],
+) -> Chunk:
+    adapter = sampler.adapter
+    times = adapter.times(sampler.steps, prompts[0])
+    x = adapter.noise([prompts[row] for row in rows.tolist()], seeds)
+    times, rows_on = times.to(x.device), rows.to(x.device)
+    states, network_rows = [x], 0
+    for k in range(sampler.steps):
+        t = times[k].expand(len(x))
+        v, used = guided_velocity(
+            net, adapter, sampler.guidance, x, t, cond, null, rows_on, role=sampler.role, limit=sampler.batch
+        )
+        network_rows += used
+        x = _advance(sampler.kernel, v, x, times[k], times[k + 1], k, seeds, plan)
+        if keep_trajectory:
+            states.append(x)
+    images = adapter.decode(x).cpu()
+    samples = tuple(
+        Sample(prompt=prompts[row], image=image, seed=seed, group=offset[row])
+        for row, image, seed in zip(rows.tolist(), images, seeds, strict=True)
+    )
+    return Chunk(
+        rows=torch.tensor([offset[row] for row in rows.tolist()]),
+        samples=samples,
+        latents=x,
+        trajectory=torch.stack(states) if keep_trajectory else None,
+        network_rows=network_rows,
+    )
+
+
+def _advance(
+    kernel: Kernel,  # type: ignore[type-arg]
+    v: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    k: int,
+    seeds: Sequence[int],
+    plan: StepPlan | None,
+) -> Tensor:
+    """x at t_next; noise of a stochastic step comes from the sample's own stream."""
+    transition = kernel.step(v, x, t, t_next)
+    if plan is None or not bool(plan.stochastic[k]):
+        return transition.mean
+    noise = torch.stack([torch.randn(x.shape[1:], generator=generator(seed, "kernel", k)) for seed in seeds])
+    return transition.mean + transition.std * noise.to(x)
+
+
+def guided_velocity(
+    net: nn.Module,
+    adapter: ModelAdapter,  # type: ignore[type-arg]
+    guidance: GuidancePolicy,  # type: ignore[type-arg]
+    x: Tensor,
+    t: Tensor,
+    cond: Conditioning,
+    null: Conditioning | None,
+    rows: Tensor,
+    *,
+    role: Role,
+    limit: int,
+) -> tuple[Tensor, int]:
+    """Velocity [N ...] of a role under its guidance, and the transformer rows it took.
+
+    Both branches go through in one forward when they are at most `limit` rows and the adapter can join them; a scale
+    of 1 never evaluates the null branch.
+    """
+    scale = guidance.scale(role, t)
+    if null is None or bool((scale == 1).all()):
+        return adapter.velocity(net, x, t, cond, rows), len(x)
+    joint = cond.join(null) if 2 * len(x) <= limit else None
+    if joint is not None:
+        both = adapter.velocity(net, torch.cat([x, x]), torch.cat([t, t]), joint, torch.cat([rows, rows + len(cond)]))
+        v_cond, v_null = both.chunk(2)
+    else:
+        v_cond = adapter.velocity(net, x, t, cond, rows)
+        v_null = adapter.velocity(net, x, t, null, rows)
+    if guidance.detach_null:
+        v_null = v_null.detach()
+    return adapter.guide(v_cond, v_null, scale), 2 * len(x)

@@ -1,0 +1,69 @@
+"""Before the first update: is what is about to be trained what is meant to be trained?
+
+The commonest fault of this field is a run that trains on something slightly wrong and says nothing. Before any weight
+has moved, three things are known exactly, and a run in which they do not hold is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from velatura.core.errors import SelfCheckError
+from velatura.core.learner import SET_OF, Learner, Tally, with_zero_advantage
+from velatura.core.points import MicroBatch
+from velatura.core.types import Role
+
+TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.0}
+"""Largest allowed difference of velocities that come from equal weights at equal batch shapes."""
+
+
+def self_check(learner: Learner, batch: MicroBatch) -> None:
+    """Check one micro-batch before the first optimiser step.
+
+    1. Ratio 1: old policy and current policy give the same velocity.
+    2. Reference equals policy, where the run starts at the reference.
+    3. Zero advantage gives zero policy gradient.
+
+    Raises:
+        SelfCheckError: with what was compared, and by how much it differs.
+    """
+    if not learner.policy.parameters:
+        raise SelfCheckError("the adapter marked no parameter as trainable, so there is nothing to learn")
+    _check_roles(learner, batch)
+    if learner.objective.requires.advantage:
+        _check_zero_advantage(learner, batch)
+
+
+def _check_roles(learner: Learner, batch: MicroBatch) -> None:
+    cond = learner.adapter.encode(batch.prompts)
+    points = batch.points
+
+    def velocity(name: str) -> torch.Tensor:
+        with learner.policy.forced(name) as net:
+            return learner.adapter.velocity(net, points.x, points.t, learner.adapter.prepare(net, cond), batch.rows)
+
+    current = velocity("current")
+    if not bool(torch.isfinite(current).all()):
+        raise SelfCheckError("the current policy's velocity is not finite before any update. Check the base weights.")
+    for role in (Role.OLD, Role.REFERENCE):
+        if role not in learner.objective.roles():
+            continue
+        gap = float((velocity(SET_OF[role]) - current).abs().max())
+        if gap > TOLERANCE.get(current.dtype, 0.0):
+            raise SelfCheckError(
+                f"before the first update the {role} policy differs from the current one by up to {gap:.2e} in "
+                f"velocity; they must be equal (ratio 1). The adapter's forward is not deterministic (dropout on?), "
+                f"or its weights were changed behind the run's back."
+            )
+
+
+def _check_zero_advantage(learner: Learner, batch: MicroBatch) -> None:
+    learner.accumulate(with_zero_advantage(batch), Tally(), last=True)
+    norms = {name: float(gradient.norm()) for name, gradient in learner.engine.gradients().items()}
+    learner.engine.zero_grad()
+    worst = max(norms, key=lambda name: norms[name])
+    if norms[worst] > 0:
+        raise SelfCheckError(
+            f"samples that are exactly as good as their group still move the policy: objective "
+            f"'{learner.objective.name}' gives gradient norm {norms[worst]:.2e} on '{worst}' at zero advantage"
+        )

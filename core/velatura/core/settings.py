@@ -1,0 +1,256 @@
+"""What a recipe may say: frozen, typed, every default written here and nowhere else. Data only; no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+"""At least one of something; `true` and 2.5 are not counts."""
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Real = Annotated[float, Field(strict=True)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+NotNegative = Annotated[float, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+"""A part of a whole, 0 to 1."""
+
+
+class Settings(BaseModel):
+    """A frozen part of a recipe, in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Ref(Settings):
+    """Names a component and sets its options: `{use: nft, with: {beta: 1.0}}`, or only `nft`."""
+
+    use: str = Field(min_length=1, description="Name of the component; of a plugin 'acme' it is 'acme/name'.")
+    with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Options of the component.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """`nft` is `{use: nft}`; `with:` followed by nothing sets nothing."""
+        if isinstance(value, str):
+            return {"use": value}
+        if isinstance(value, dict) and "with" in value and value["with"] is None:
+            return {**value, "with": {}}
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """For editors: both forms."""
+        return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(handler(schema))]}
+
+
+class RewardRef(Ref):
+    """Names a reward and says how much it counts."""
+
+    weight: NotNegative = Field(1.0, description="How much it counts in the composite and in the advantage.")
+    weight_by_category: dict[str, NotNegative] = Field(
+        default_factory=dict, description="Weight for prompts of a category, in place of `weight`."
+    )
+    name: str | None = Field(None, min_length=1, description="What reports call it; the component's name by default.")
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.name or self.use
+
+
+class Engine(Settings):
+    """What executes the loop."""
+
+    kind: Literal["deepspeed", "local"] = Field("deepspeed", description="`local` is plain torch in one process.")
+    zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)] = Field(
+        1, description="What DeepSpeed spreads over processes: 1 optimiser states, 2 also gradients, 3 also weights."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the network; latents and losses stay fp32.")
+    threads: Count | None = Field(None, description="CPU threads per process; torch decides when left out.")
+    device: str = Field("auto", description="`auto` takes the GPU when there is one; or `cpu`, `cuda`.")
+    raw: dict[str, Any] = Field(default_factory=dict, description="Merged into the DeepSpeed configuration as it is.")
+
+    @model_validator(mode="after")
+    def _bf16_needs_zero(self) -> Engine:
+        if self.kind == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision bf16 does not go with zero_stage 0: there DeepSpeed starts Adam at step 1, which spoils "
+                "its bias correction. Use zero_stage 1, or precision fp32"
+            )
+        return self
+
+
+class Optimizer(Settings):
+    """AdamW, and what happens around its step."""
+
+    lr: Positive = Field(1e-4, description="Learning rate after the warm-up.")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay of the two moments.")
+    eps: Positive = Field(1e-8, description="Added to the root of the second moment.")
+    weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay.")
+    clip_norm: Positive = Field(1.0, description="Largest norm of the gradient.")
+    warmup: Whole = Field(0, description="Optimiser steps over which the learning rate grows from 0.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up, down to 0.")
+
+
+class Sampling(Settings):
+    """How pictures are made."""
+
+    steps: Count = Field(40, description="Steps of the solver.")
+    batch: Count = Field(64, description="Most samples in one forward of a rollout.")
+
+
+def _group_of(value: int, why: str) -> int:
+    if value < 2:
+        raise ValueError(f"a group of {value} teaches nothing: {why}. Take 2 or more; 8 to 24 is usual")
+    return value
+
+
+class CurateStage(Settings):
+    """Finds the prompts worth learning from: those on which a model's own samples differ in quality."""
+
+    stage: Literal["curate"]
+    adapter: Ref
+    task: Ref
+    guidance: Ref = Ref(use="rollout-only")
+    kernel: Ref = Ref(use="ode")
+    sampling: Sampling = Sampling()
+    rewards: list[RewardRef] = Field(min_length=1)
+    prompt_filter: Ref = Ref(use="range")
+    group_size: Annotated[int, Field(strict=True)] = Field(8, description="Samples per prompt.")
+    model: str = Field("base", description="Whose samples are judged.")
+    max_prompts: Count | None = Field(None, description="Look at the first so many prompts only.")
+    max_failed: Share = Field(0.05, description="Stop when a larger share of scores failed.")
+
+    @field_validator("group_size")
+    @classmethod
+    def _compares(cls, value: int) -> int:
+        return _group_of(value, "curation compares the samples of a prompt with each other")
+
+
+class RLStage(Settings):
+    """Reinforcement learning: sample, judge, learn, repeat."""
+
+    stage: Literal["rl"]
+    adapter: Ref
+    task: Ref | None = Field(None, description="Where prompts come from, when no curate stage chose them.")
+    prompts: str | None = Field(None, description="The curate stage whose kept prompts are trained on.")
+    guidance: Ref = Ref(use="rollout-only")
+    kernel: Ref = Ref(use="ode")
+    timesteps: Ref = Ref(use="high-noise")
+    rewards: list[RewardRef] = Field(min_length=1)
+    advantage: Ref = Ref(use="group-z")
+    objective: Ref = Ref(use="nft")
+    prompt_filter: Ref | None = Field(None, description="Drops prompts during training, by their own samples.")
+    sampling: Sampling = Sampling()
+    optimizer: Optimizer = Optimizer()
+    observers: list[Ref] = Field(default_factory=list)
+    init: str = Field("base", description="The model to start from: `base` or a stage.")
+    steps: Count = Field(100, description="Rounds of sampling and learning.")
+    prompts_per_step: Count = Field(16, description="Prompts in a round, over all processes.")
+    group_size: Annotated[int, Field(strict=True)] = Field(16, description="Samples per prompt.")
+    updates_per_step: Count = Field(1, description="Optimiser steps on the samples of a round.")
+    micro_batch: Count = Field(256, description="State points in one forward of an update.")
+    share_noise: bool = Field(True, description="Forward-process points of a group share their noise.")
+    checkpoint_every: Count = Field(10, description="Steps between checkpoints.")
+    keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
+    max_failed: Share = Field(0.05, description="Stop when a larger share of scores failed.")
+
+    @field_validator("group_size")
+    @classmethod
+    def _compares(cls, value: int) -> int:
+        return _group_of(value, "an advantage says how much better a sample is than the rest of its group")
+
+    @model_validator(mode="after")
+    def _one_origin_of_prompts(self) -> RLStage:
+        if (self.task is None) == (self.prompts is None):
+            raise ValueError("give either 'prompts' (the name of a curate stage) or 'task', and not both")
+        return self
+
+
+class DistillStage(Settings):
+    """On-policy distillation: a student learns its teachers' velocities where its own samples pass."""
+
+    stage: Literal["distill"]
+    adapter: Ref
+    teachers: dict[str, str] = Field(min_length=1, description="Route (t2i, edit) -> stage that trained its teacher.")
+    prompts: dict[str, str] = Field(
+        default_factory=dict, description="Route -> curate stage; what the teacher was trained on, when left out."
+    )
+    guidance: Ref = Ref(use="teacher-only")
+    kernel: Ref = Ref(use="ode")
+    timesteps: Ref = Ref(use="all")
+    distiller: Ref = Ref(use="velocity-match")
+    sampling: Sampling = Sampling()
+    optimizer: Optimizer = Optimizer()
+    observers: list[Ref] = Field(default_factory=list)
+    init: str = Field("base", description="The model to start from: `base` or a stage.")
+    steps: Count = Field(100, description="Rounds of sampling and learning.")
+    prompts_per_step: Count = Field(16, description="Prompts in a round, over all processes.")
+    micro_batch: Count = Field(256, description="State points in one forward of an update.")
+    checkpoint_every: Count = Field(10, description="Steps between checkpoints.")
+    keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
+    probe_prompts: Count = Field(32, description="Held-out prompts whose states measure progress.")
+    probe_every: Count = Field(10, description="Steps between such measurements.")
+
+    @model_validator(mode="after")
+    def _routes_have_teachers(self) -> DistillStage:
+        for route in self.prompts:
+            if route not in self.teachers:
+                raise ValueError(f"'prompts' has a route {route!r}, for which 'teachers' names nobody")
+        return self
+
+
+class SupervisedStage(Settings):
+    """Learns from pictures: flow matching on what a task shows as the answer to its prompts."""
+
+    stage: Literal["supervised"]
+    adapter: Ref
+    task: Ref
+    objective: Ref = Ref(use="sft")
+    optimizer: Optimizer = Optimizer()
+    observers: list[Ref] = Field(default_factory=list)
+    init: str = Field("base", description="The model to start from: `base` or a stage.")
+    steps: Count = Field(1000, description="Optimiser steps.")
+    batch: Count = Field(256, description="Pictures in a step, over all processes.")
+    ema: Share = Field(0.999, description="Decay of the averaged weights, which are the result; 0 averages nothing.")
+    logit_mean: Real = Field(0.0, description="Times are drawn as sigmoid(normal(logit_mean, logit_std)).")
+    logit_std: Positive = Field(1.0, description="See `logit_mean`.")
+    drop_condition: Share = Field(0.1, description="Share of prompts replaced by the unconditional one.")
+    checkpoint_every: Count = Field(100, description="Steps between checkpoints.")
+    keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
+
+
+class EvaluateStage(Settings):
+    """Compares models on the same held-out prompts and seeds."""
+
+    stage: Literal["evaluate"]
+    adapter: Ref
+    models: list[str] = Field(min_length=1, description="Stages, or `base`.")
+    baseline: str = Field("base", description="The model that the others are compared with.")
+    tasks: dict[str, Ref] = Field(
+        default_factory=dict, description="Route -> task; the tasks of the recipe's other stages, when left out."
+    )
+    guidance: Ref = Ref(use="rollout-only")
+    kernel: Ref = Ref(use="ode")
+    sampling: Sampling = Sampling()
+    evaluators: list[Ref] = Field(min_length=1)
+    rewards: list[RewardRef] = Field(default_factory=list)
+    seeds_per_prompt: Count = Field(4, description="Pictures per prompt and model.")
+    max_prompts: Count | None = Field(None, description="Look at the first so many prompts only.")
+    bootstrap: Count = Field(2000, description="Resamples for the intervals.")
+    cross_task: bool = Field(False, description="Also judge each teacher on the tasks it was not trained on.")
+
+
+class ExportStage(Settings):
+    """Writes a model that stock libraries load."""
+
+    stage: Literal["export"]
+    model: str = Field(description="The stage whose model is exported.")
+
+
+Stage = Annotated[
+    CurateStage | RLStage | DistillStage | SupervisedStage | EvaluateStage | ExportStage, Field(discriminator="stage")
+]

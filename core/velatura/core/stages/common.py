@@ -1,0 +1,233 @@
+"""What every stage needs: its components built, its folder, its seeds, its progress bar, its observers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from loguru import logger
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
+
+
+from velatura.core.build import build
+from velatura.core.checkpoint import write_text_atomic
+from velatura.core.components import Component, ModelAdapter, Observer, Task
+from velatura.core.engine import EngineConfig
+from velatura.core.errors import CheckpointError, RecipeError
+from velatura.core.judge import Judge, WeightedReward
+from velatura.core.policy import Policy
+from velatura.core.recipe import Recipe, Ref, RewardRef
+from velatura.core.registry import Registry
+from velatura.core.types import Context, Prompt
+
+WEIGHTS = "weights.safetensors"
+C = TypeVar("C", bound=Component[Any])
+
+
+
+
+@dataclass(slots=True)
+class StageRun:
+    """One stage, about to run."""
+
+    name: str
+    config: Any
+    """The stage of the recipe, defaults merged."""
+    recipe: Recipe
+    registry: Registry
+    folder: Path
+    """run/<stage>."""
+    run_folder: Path
+    seed: int
+    """Seed of the run; stages name their own streams below it."""
+    device: torch.device
+    base: Path
+    """Folder of the recipe."""
+    console: Any = None
+    """rich Console for the progress bar; None is silent."""
+    observers: list[Observer[Any]] = field(default_factory=list)
+    total_steps: int = 0
+    """Steps of a looping stage, for the progress bar."""
+
+    def build(self, kind: str, ref: Ref | str, at: str) -> Any:
+        """A component of the recipe, set up."""
+        reference = Ref.model_validate({"use": ref}) if isinstance(ref, str) else ref
+        component = build(self.registry, kind, reference, at=f"stages.{self.name}.{at}")
+        component.setup(self.context())
+        return component
+
+    def context(self) -> Context:
+        """What components may know of the machine."""
+        return Context(
+            device=self.device, cache=Path.home() / ".cache" / "velatura", seed=self.seed, base=self.base
+        )
+
+    def adapter(self) -> ModelAdapter[Any]:
+        """The adapter of this stage."""
+        adapter: ModelAdapter[Any] = self.build("adapter", self.config.adapter, "adapter")
+        return adapter
+
+    def task_of(self, stage: str) -> Task[Any]:
+        """The task that another stage (or this one) is about."""
+        config = self.recipe.stage(stage)
+        ref = getattr(config, "task", None)
+        if ref is None and getattr(config, "prompts", None):
+            return self.task_of(config.prompts)
+        if ref is None:
+            raise RecipeError(
+                f"stages.{stage}: there is no task and no `prompts`. Name a task, or the curate stage to take "
+                f"prompts from."
+            )
+        task: Task[Any] = build(self.registry, "task", ref, at=f"stages.{stage}.task")
+        task.setup(self.context())
+        return task
+
+    def judge(self, rewards: Sequence[RewardRef], max_failed: float) -> Judge:
+        """A judge over the rewards of the recipe."""
+        return Judge(
+            [
+                WeightedReward(
+                    label=ref.name or ref.use,
+                    at=f"stages.{self.name}.rewards.{i}",
+                    model=self.build("reward", ref, f"rewards.{i}"),
+                    weight=ref.weight,
+                    weight_by_category=ref.weight_by_category,
+                )
+                for i, ref in enumerate(rewards)
+            ],
+            max_failed=max_failed,
+        )
+
+    def engine_config(self) -> EngineConfig:
+        """The engine of the recipe."""
+        return EngineConfig(**self.recipe.engine.model_dump())
+
+    def load_policy(self, adapter: ModelAdapter[Any], source: str) -> Policy:
+        """The network wearing the weights of a stage, or of the base."""
+        net = adapter.load(self.device)
+        policy = Policy(net)
+        if source != "base":
+            path = weights_of(self.run_folder, source)
+            policy.load(load_file(path), what=str(path))
+        return policy
+
+    def notify(self, event_name: str, event: object) -> None:
+        """Tell every observer."""
+        for observer in self.observers:
+            getattr(observer, event_name)(event)
+
+    @contextmanager
+    def progress(self, total: int, done: int = 0, unit: str = "") -> Iterator[Ticker]:
+        """A progress bar for this stage."""
+        columns = (
+            SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console, disable=self.console is None) as bars:
+            task = bars.add_task(self.name, total=total, completed=done, unit=unit, note="")
+            yield Ticker(bars, task)
+
+
+@dataclass(slots=True)
+class Ticker:
+    """Moves one progress bar."""
+
+    bars: Progress
+    task: Any
+
+    def tick(self, note: str = "", steps: int = 1) -> None:
+        """One step further, with a short note."""
+        self.bars.update(self.task, advance=steps, note=note)
+
+
+def weights_of(run_folder: Path, stage: str) -> Path:
+    """The finished weights of a stage.
+
+    Raises:
+        CheckpointError: the stage has none.
+    """
+    path = run_folder / stage / WEIGHTS
+    if not path.exists():
+        raise CheckpointError(f"stage '{stage}' has no finished weights at {path}. Run it first.")
+    return path
+
+
+def manifest_of(run_folder: Path, stage: str) -> dict[str, Any]:
+    """What a finished stage says of itself."""
+    path = run_folder / stage / "manifest.json"
+    if not path.exists():
+        raise CheckpointError(f"stage '{stage}' has not run: {path} is missing")
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a step. Lines after the step a resumed run starts from are cut off."""
+
+    def __init__(self, path: Path, *, start: int) -> None:
+        self.path = path
+        kept = [line for line in _lines(path) if json.loads(line)["step"] < start]
+        write_text_atomic(path, "".join(line + "\n" for line in kept))
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one step."""
+        row = {"step": step} | {name: round(float(value), 6) for name, value in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a log; a line cut off by a kill is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    lines = text.split("\n")
+    return [line for line in lines[:-1] if line]
+
+
+class Stopwatch:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to phase `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + time.perf_counter() - start
+
+
+def kept_prompts(run: StageRun, curate: str) -> list[Prompt]:
+    """The prompts that a curate stage kept, in the order of its task.
+
+    Raises:
+        CheckpointError: the ledger names prompts that the task does not have.
+    """
+    path = run.run_folder / curate / "kept.json"
+    if not path.exists():
+        raise CheckpointError(f"stage '{curate}' has no finished prompt list at {path}. Run it first.")
+    wanted = set(json.loads(path.read_text())["prompt_ids"])
+    train = run.task_of(curate).prompts("train")
+    kept = [prompt for prompt in (train[i] for i in range(len(train))) if prompt.id in wanted]
+    if len(kept) != len(wanted):
+        raise CheckpointError(
+            f"{path} keeps {len(wanted)} prompts, but the task of stage '{curate}' has only {len(kept)} of them. "
+            f"The task changed since: run '{curate}' again."
+        )
+    if not kept:
+        raise RecipeError(f"stage '{curate}' kept no prompt at all. Lower its prompt_filter's threshold.")
+    logger.info("{}: {} prompts from '{}'", run.name, len(kept), curate)
+    return kept
+
+

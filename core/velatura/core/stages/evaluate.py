@@ -1,0 +1,169 @@
+"""Evaluation: the same prompts and seeds for every model, training rewards beside metrics nobody trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from velatura.core.checkpoint import write_json_atomic
+from velatura.core.components import Evaluator, ModelAdapter, Task
+from velatura.core.judge import Judge
+from velatura.core.policy import CURRENT, Policy
+from velatura.core.report import summarise
+from velatura.core.rollout import Sampler, rollout
+from velatura.core.seeds import derive
+from velatura.core.stages.common import StageRun, Ticker, manifest_of
+from velatura.core.types import Prompt, Sample
+
+BLOCK = 32
+"""Prompts that are drawn and judged together."""
+
+
+def run(stage: StageRun) -> dict[str, Any]:
+    """Draw and measure every model on its routes, then compare with the baseline."""
+    config = stage.config
+    adapter = stage.adapter()
+    tasks = evaluation_tasks(stage)
+    lineage = {model: describe_model(stage, model) for model in config.models}
+    write_json_atomic(stage.folder / "models.json", lineage)
+    evaluators = [stage.build("evaluator", ref, f"evaluators.{i}") for i, ref in enumerate(config.evaluators)]
+    pairs = [(m, r) for m in config.models for r in tasks if config.cross_task or r in lineage[m]["routes"]]
+    prompts = {route: _prompts(task, config.max_prompts) for route, task in tasks.items()}
+    total = sum(len(prompts[route]) for _, route in pairs)
+    tables = []
+    with stage.judge(config.rewards, 1.0) as judge, stage.progress(total, unit="prompts") as bar:
+        for model, route in pairs:
+            part = stage.folder / "parts" / f"{model}.{route}.parquet"
+            if not part.exists():
+                _measure(stage, adapter, judge, evaluators, lineage[model], (model, route), prompts[route], part, bar)
+            else:
+                bar.tick("measured before", len(prompts[route]))
+            tables.append(pq.read_table(part))
+    for route, own in prompts.items():
+        _save_sources(stage.folder / "images" / "sources" / f"{route}.npz", own)
+    _write_table(stage.folder / "samples.parquet", pa.concat_tables(tables, promote_options="default"))
+    summary = summarise(stage.folder, config.baseline, bootstrap=config.bootstrap, seed=stage.seed)
+    return {"models": list(config.models), "routes": list(tasks), "prompts": {r: len(p) for r, p in prompts.items()},
+            "headline": summary.get("headline", {})}  # fmt: skip
+
+
+def evaluation_tasks(stage: StageRun) -> dict[str, Task[Any]]:
+    """Route -> task: those the stage names, or those of the recipe's other stages."""
+    if stage.config.tasks:
+        return {route: stage.build("task", ref, f"tasks.{route}") for route, ref in stage.config.tasks.items()}
+    found: dict[str, Task[Any]] = {}
+    for name in stage.recipe.order():
+        if stage.recipe.stage(name).stage in ("rl", "curate"):
+            task = stage.task_of(name)
+            found.setdefault(task.prompts("eval")[0].task, task)
+    return found
+
+
+def describe_model(stage: StageRun, model: str) -> dict[str, Any]:
+    """What a model is, at which guidance it samples, and which routes it is for."""
+    every = list(evaluation_tasks(stage))
+    scale = None if model == "base" else manifest_of(stage.run_folder, model)["result"]
+    if scale is None:
+        return {"kind": "base", "guidance": "stage", "routes": every}
+    kind = stage.recipe.stage(model).stage
+    routes = every if kind != "rl" else [stage.task_of(model).prompts("eval")[0].task]
+    facts: dict[str, Any] = {"kind": kind, "routes": routes, "guidance": "stage"}
+    if scale.get("folded"):
+        facts |= {"guidance": 1.0, "teachers": scale.get("teachers", {})}
+    return facts
+
+
+def _prompts(task: Task[Any], limit: int | None) -> list[Prompt]:
+    own = task.prompts("eval")
+    return [own[i] for i in range(min(len(own), limit or len(own)))]
+
+
+def _measure(
+    stage: StageRun, adapter: ModelAdapter[Any], judge: Judge, evaluators: Sequence[Evaluator[Any]],
+    facts: Mapping[str, Any], pair: tuple[str, str], prompts: Sequence[Prompt], part: Path, bar: Ticker,
+) -> None:  # fmt: skip
+    """Samples and metrics of one model on one route; the table is written last, so it marks the part as done."""
+    model, route = pair
+    config = stage.config
+    policy: Policy = stage.load_policy(adapter, model)
+    guidance = config.guidance if facts["guidance"] == "stage" else "none"
+    sampler = Sampler(
+        adapter=adapter,
+        guidance=stage.build("guidance", guidance, "guidance"),
+        kernel=stage.build("kernel", config.kernel, "kernel"),
+        steps=config.sampling.steps,
+        batch=config.sampling.batch,
+    )
+    images: list[torch.Tensor] = []
+    rows: dict[str, list[Any]] = {}
+    for first in range(0, len(prompts), BLOCK):
+        block = prompts[first : first + BLOCK]
+        seeds = [[derive(stage.seed, "evaluate", p.id, j) for j in range(config.seeds_per_prompt)] for p in block]
+        samples: list[Sample] = []
+        with policy.wearing(CURRENT) as net:
+            for chunk in rollout(net, sampler, block, seeds):
+                judge.submit(chunk.samples)
+                samples += chunk.samples
+        for name, column in _columns(model, route, samples, judge, evaluators, block).items():
+            rows.setdefault(name, []).extend(column)
+        images += [sample.image for sample in samples]
+        bar.tick(f"{model} · {route}", len(block))
+    _save_images(stage.folder / "images" / model / f"{route}.npz", images)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    _write_table(part, pa.table(rows))
+
+
+def _columns(
+    model: str, route: str, samples: Sequence[Sample], judge: Judge, evaluators: Sequence[Evaluator[Any]],
+    prompts: Sequence[Prompt],
+) -> dict[str, list[Any]]:  # fmt: skip
+    """One row a sample: who, what, and every metric (null where it does not apply or failed)."""
+    columns: dict[str, list[Any]] = {
+        "model": [model] * len(samples),
+        "route": [route] * len(samples),
+        "category": [s.prompt.category for s in samples],
+        "prompt_id": [s.prompt.id for s in samples],
+        "text": [s.prompt.text for s in samples],
+        "seed": [s.seed for s in samples],
+    }
+    for evaluator in evaluators:
+        for name, values in evaluator.evaluate(samples).items():
+            columns[f"gold/{name}"] = [None if v is None else float(v) for v in values]
+    if judge.rewards:
+        report = judge.report(prompts)
+        for r, name in enumerate(report.names):
+            valid = report.valid[:, r].tolist()
+            columns[f"reward/{name}"] = [
+                float(v) if ok else None for v, ok in zip(report.scores[:, r].tolist(), valid, strict=True)
+            ]
+    return columns
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def _save_images(path: Path, images: Sequence[torch.Tensor]) -> None:
+    """uint8 [n H W 3] in the order of the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (torch.stack(list(images)).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    np.savez_compressed(path, images=pixels)
+
+
+def _save_sources(path: Path, prompts: Sequence[Prompt]) -> None:
+    """First source image of each prompt, where the route edits."""
+    if not prompts or not prompts[0].sources:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = [(p.sources[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy() for p in prompts]
+    np.savez_compressed(path, images=np.stack(pixels), prompt_ids=np.array([p.id for p in prompts]))
+
+

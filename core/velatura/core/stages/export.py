@@ -1,0 +1,28 @@
+"""Export: a finished model as a folder that stock libraries load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from velatura.core import __version__
+from velatura.core.stages.common import StageRun, manifest_of
+
+
+def run(stage: StageRun) -> dict[str, Any]:
+    """Write `model/` with the weights of the stage named, and how to sample from it."""
+    source = stage.config.model
+    adapter = stage.adapter()
+    policy = stage.load_policy(adapter, source)
+    facts = {} if source == "base" else manifest_of(stage.run_folder, source)["result"]
+    info = {
+        "made_by": f"velatura {__version__}",
+        "stage": source,
+        "recipe": stage.run_folder.name,
+        "guidance_scale": facts.get("guidance_scale"),
+        "guidance_folded": facts.get("folded", False),
+        "folded_scale": facts.get("folded_scale"),
+        "teachers": facts.get("teachers"),
+    }
+    target = stage.folder / "model"
+    adapter.export(policy.net, target, info=info)
+    return {"folder": str(target), **info}

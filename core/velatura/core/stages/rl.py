@@ -1,0 +1,216 @@
+"""Reinforcement learning: sample, judge, learn; repeat. The same loop for every objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velatura.core.components import AdvantageEstimator, PromptFilter, TimestepSampler
+from velatura.core.data import PromptStream
+from velatura.core.events import RolloutDone
+from velatura.core.judge import Judge
+from velatura.core.learner import SET_OF, Learner, Tally
+from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
+from velatura.core.rollout import Sampler, rollout
+from velatura.core.seeds import derive, generator
+from velatura.core.selfcheck import self_check
+from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts
+from velatura.core.stages.showcase import Showcase
+from velatura.core.stages.training import Training
+from velatura.core.types import Advantages, Prompt, RewardReport, Role, Rollout, group_rows
+
+SETS = (SET_OF[Role.OLD], SET_OF[Role.REFERENCE])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """The parts of one RL run."""
+
+    stage: StageRun
+    training: Training
+    learner: Learner
+    sampler: Sampler
+    timesteps: TimestepSampler[Any]
+    advantage: AdvantageEstimator[Any]
+    prompt_filter: PromptFilter[Any] | None
+    judge: Judge
+    stream: PromptStream
+    showcase: Showcase
+
+    def step(self, index: int) -> dict[str, float]:
+        """Sample, judge, learn."""
+        config, watch = self.stage.config, Stopwatch()
+        prompts = next(self.stream)
+        with watch.phase("rollout"):
+            made = self.sample(index, prompts)
+        with watch.phase("judge"):
+            report = self.judge.report(prompts)
+        self.stage.notify("rollout_done", RolloutDone(step=index, rollout=made, report=report))
+        if self.prompt_filter is not None:
+            report = report.only(self.prompt_filter.admit(report))
+        advantages = self.advantage.estimate(report)
+        with watch.phase("update"):
+            tally = self.learn(index, made, advantages)
+        self.learner.policy.follow(SET_OF[Role.OLD], self.learner.objective.old_decay(index))
+        if (index + 1) % config.checkpoint_every == 0 or index + 1 == config.steps:
+            with watch.phase("pictures"):
+                self.showcase.draw(index + 1)
+        return {
+            **report_metrics(report),
+            **{f"advantage/{name}": value for name, value in advantages.metrics.items()},
+            **tally.metrics,
+            **watch.seconds,
+            "rows/forward": float(tally.forward_rows),
+            "rows/gradient": float(tally.gradient_rows),
+        }
+
+    def sample(self, index: int, prompts: Sequence[Prompt]) -> Rollout:
+        """G samples of each prompt; every chunk goes to the judge while the next one is made."""
+        config, objective = self.stage.config, self.learner.objective
+        times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
+        plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index))
+        seeds = [
+            [derive(self.stage.seed, "rollout", index, prompt.id, j) for j in range(config.group_size)]
+            for prompt in prompts
+        ]
+        chunks = []
+        trajectory = objective.requires.points == "trajectory"
+        with self.learner.policy.wearing(SET_OF[objective.requires.rollout_role]) as net:
+            for chunk in rollout(net, self.sampler, prompts, seeds, plan, keep_trajectory=trajectory):
+                self.judge.submit(chunk.samples)
+                chunks.append(chunk)
+        kept = [chunk.trajectory for chunk in chunks if chunk.trajectory is not None]
+        return Rollout(
+            prompts=tuple(prompts),
+            samples=tuple(sample for chunk in chunks for sample in chunk.samples),
+            latents=torch.cat([chunk.latents for chunk in chunks]),
+            group=torch.cat([chunk.rows for chunk in chunks]),
+            times=times,
+            plan=plan,
+            trajectory=torch.cat(kept, dim=1) if kept else None,
+        )
+
+    def learn(self, index: int, made: Rollout, advantages: Advantages) -> Tally:
+        """`updates_per_step` optimiser steps, each on its own share of the groups."""
+        config = self.stage.config
+        groups = signal_groups(made, advantages)
+        total = Tally()
+        shares = [groups[i :: config.updates_per_step] for i in range(config.updates_per_step)]
+        filled = [share for share in shares if share]
+        for number, share in enumerate(filled):
+            batches = self.micro_batches(index, share, made, advantages.values)
+            if index == 0 and number == 0:
+                self_check(self.learner, batches[0])
+            tally = self.learner.learn(batches)
+            for name, value in tally.metrics.items():
+                total.add(name, value / len(filled))
+            total.forward_rows += tally.forward_rows
+            total.gradient_rows += tally.gradient_rows
+        total.metrics.setdefault("loss", 0.0)
+        return total
+
+    def micro_batches(
+        self, index: int, groups: Sequence[Group], made: Rollout, advantages: Tensor
+    ) -> list[MicroBatch]:
+        """All points of one optimiser step; several timesteps of a sample share a forward."""
+        config, train = self.stage.config, made.plan.train
+        total = sum(len(group.samples) for group in groups) * len(train)
+        noise = PointNoise(seed=self.stage.seed, step=index, shared=config.share_noise)
+        if made.trajectory is None:
+            return [
+                forward_points(part, made.latents, advantages, made.times, train, made.plan.weight, noise, total)
+                for part in pieces(groups, len(train), config.micro_batch)
+            ]
+        return [
+            trajectory_points(part, made.trajectory, advantages, made.times, train, made.plan.weight, total)
+            for part in pieces(groups, len(train), config.micro_batch)
+        ]
+
+
+def signal_groups(made: Rollout, advantages: Advantages) -> list[Group]:
+    """Samples to learn from: valid, and of a group in which not every advantage is 0 (such a group has no signal)."""
+    groups = []
+    for prompt, rows in zip(made.prompts, group_rows(made.group, len(made.prompts)), strict=True):
+        valid = [(int(b), j) for j, b in enumerate(rows) if bool(advantages.valid[b])]
+        if any(float(advantages.values[b]) != 0 for b, _ in valid):
+            groups.append(
+                Group(prompt=prompt, samples=tuple(b for b, _ in valid), numbers=tuple(j for _, j in valid))
+            )
+    return groups
+
+
+def report_metrics(report: RewardReport) -> dict[str, float]:
+    """Mean of every reward over its valid scores, spread within groups, and the share that failed."""
+    metrics: dict[str, float] = {}
+    for r, name in enumerate(report.names):
+        valid = report.valid[:, r]
+        if bool(valid.any()):
+            metrics[f"reward/{name}/mean"] = float(report.scores[valid, r].mean())
+        metrics[f"reward/{name}/failed"] = float(((report.status[:, r] == 1) | (report.status[:, r] == 2)).sum())
+    composite = report.composite
+    known = ~composite.isnan()
+    if bool(known.any()):
+        metrics["reward/composite"] = float(composite[known].mean())
+    spreads = [float(composite[rows].std()) for rows in group_rows(report.group, len(report.prompts)) if len(rows) > 1]
+    finite = [spread for spread in spreads if spread == spread]
+    metrics["reward/spread_within_group"] = sum(finite) / max(1, len(finite))
+    return metrics
+
+
+def training_prompts(stage: StageRun) -> Sequence[Prompt]:
+    """The curated prompts, or all training prompts of the task."""
+    if stage.config.prompts:
+        return kept_prompts(stage, stage.config.prompts)
+    return stage.task_of(stage.name).prompts("train")
+
+
+def run(stage: StageRun) -> dict[str, Any]:
+    """Train one teacher."""
+    config = stage.config
+    training = Training(stage, sets=SETS, updates_per_step=config.updates_per_step)
+    learner = Learner(
+        engine=training.engine,
+        policy=training.policy,
+        adapter=training.adapter,
+        guidance=stage.build("guidance", config.guidance, "guidance"),
+        objective=stage.build("objective", config.objective, "objective"),
+    )
+    sampler = Sampler(
+        adapter=training.adapter,
+        guidance=learner.guidance,
+        kernel=stage.build("kernel", config.kernel, "kernel"),
+        steps=config.sampling.steps,
+        batch=config.sampling.batch,
+    )
+    prompts = training_prompts(stage)
+    with stage.judge(config.rewards, config.max_failed) as judge:
+        loop = Loop(
+            stage=stage,
+            training=training,
+            learner=learner,
+            sampler=sampler,
+            timesteps=stage.build("timesteps", config.timesteps, "timesteps"),
+            advantage=stage.build("advantage", config.advantage, "advantage"),
+            prompt_filter=config.prompt_filter and stage.build("prompt_filter", config.prompt_filter, "prompt_filter"),
+            judge=judge,
+            stream=PromptStream(
+                prompts, config.prompts_per_step, seed=stage.seed, at=f"stages.{stage.name}", start=training.start
+            ),
+            showcase=Showcase(stage, training.policy, sampler, prompts),
+        )
+        if training.start == 0:
+            loop.showcase.draw(0)
+        training.loop(loop.step, _note)
+        failures = {f"{name}: {status}": count for (name, status), count in judge.failures.items()}
+    scale = learner.guidance.scale(Role.ROLLOUT, torch.tensor([0.5]))
+    return training.finish() | {"guidance_scale": float(scale), "folded": False, "failures": failures}
+
+
+def _note(metrics: Mapping[str, float]) -> str:
+    reward = metrics.get("reward/composite")
+    return f"reward {reward:.3f}" if reward is not None else "no valid reward"
+

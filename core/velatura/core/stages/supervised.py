@@ -1,0 +1,99 @@
+"""Supervised flow matching: regress the velocity of pictures that the task provides. How a base model is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velatura.core.data import PromptStream
+from velatura.core.errors import RecipeError
+from velatura.core.learner import Learner, Tally
+from velatura.core.points import MicroBatch
+from velatura.core.rollout import by_layout
+from velatura.core.seeds import generator
+from velatura.core.stages.common import StageRun, Stopwatch
+from velatura.core.stages.training import Training
+from velatura.core.types import Points, Prompt
+
+EMA = "ema"
+
+
+def run(stage: StageRun) -> dict[str, Any]:
+    """Train on (prompt, picture) pairs; the result is the exponential moving average of the weights."""
+    config = stage.config
+    training = Training(stage, sets=(EMA,))
+    learner = Learner(
+        engine=training.engine,
+        policy=training.policy,
+        adapter=training.adapter,
+        guidance=stage.build("guidance", "none", "guidance"),
+        objective=stage.build("objective", config.objective, "objective"),
+    )
+    prompts = stage.build("task", config.task, "task").prompts("train")
+    stream = PromptStream(prompts, config.batch, seed=stage.seed, at=f"stages.{stage.name}", start=training.start)
+
+    def step(index: int) -> dict[str, float]:
+        watch = Stopwatch()
+        with watch.phase("data"):
+            batches = list(micro_batches(stage, training, next(stream), index))
+        with watch.phase("update"):
+            tally = learner.learn(batches)
+        training.policy.follow(EMA, min(config.ema, (1 + index) / (10 + index)))
+        return tally.metrics | watch.seconds | _rows(tally)
+
+    training.loop(step, lambda m: f"loss {m['loss']:.4f}")
+    return training.finish(training.policy.sets[EMA])
+
+
+def _rows(tally: Tally) -> dict[str, float]:
+    return {"rows/forward": float(tally.forward_rows), "rows/gradient": float(tally.gradient_rows)}
+
+
+def micro_batches(stage: StageRun, training: Training, prompts: Sequence[Prompt], index: int) -> list[MicroBatch]:
+    """One forward per layout; times are logit-normal, and some prompts lose their text so that guidance can work."""
+    config = stage.config
+    draw = generator(stage.seed, "supervised", index)
+    t = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(len(prompts), generator=draw))
+    dropped = torch.rand(len(prompts), generator=draw) < config.drop_condition
+    targets = [_target(stage, prompt) for prompt in prompts]
+    noise_seed = torch.randn((len(prompts), *_latent_shape(training, targets[0])), generator=draw)
+    shown = [replace(p, text="") if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
+    order = sorted(range(len(shown)), key=lambda i: len(shown[i].sources))
+    result = []
+    for rows in by_layout(shown, order, len(shown)):
+        x0 = training.adapter.latents(torch.stack([targets[i] for i in rows]).to(stage.device))
+        at = torch.tensor(rows)
+        result.append(_points([shown[i] for i in rows], x0, t[at].to(x0), noise_seed[at].to(x0), len(shown)))
+    return result
+
+
+def _points(prompts: Sequence[Prompt], x0: Tensor, t: Tensor, noise: Tensor, total: int) -> MicroBatch:
+    share = t.reshape(-1, *[1] * (x0.ndim - 1))
+    points = Points(
+        x=(1 - share) * x0 + share * noise,
+        t=t,
+        advantage=torch.zeros_like(t),
+        weight=torch.full_like(t, 1 / total),
+        x0=x0,
+        target=noise - x0,
+    )
+    return MicroBatch(prompts=tuple(prompts), rows=torch.arange(len(prompts), device=x0.device), points=points)
+
+
+def _latent_shape(training: Training, target: Tensor) -> tuple[int, ...]:
+    return tuple(training.adapter.latents(target[None].to(training.engine.device)).shape[1:])
+
+
+def _target(stage: StageRun, prompt: Prompt) -> Tensor:
+    if prompt.target is None:
+        raise RecipeError(
+            f"stages.{stage.name}.task: prompt {prompt.id!r} has no target picture, and a supervised stage learns "
+            f"from nothing else. Use a task that provides targets."
+        )
+    return prompt.target
+
+

@@ -1,0 +1,127 @@
+"""What the training stages share: engine, policy, checkpoints, metrics, and the end of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from safetensors.torch import save_file
+from torch import Tensor
+
+from velatura.core.checkpoint import load_latest, save_checkpoint
+from velatura.core.components import ModelAdapter
+from velatura.core.engine import OptimizerConfig, make_engine
+from velatura.core.engine.protocol import Engine
+from velatura.core.errors import VelaturaError
+from velatura.core.events import CheckpointSaved, RunEnd, RunStart, StepEnd
+from velatura.core.policy import CURRENT, Policy
+from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker
+
+
+class Training:
+    """State of a looping stage: what is saved, restored, logged and finished."""
+
+    def __init__(self, run: StageRun, *, sets: tuple[str, ...], updates_per_step: int = 1) -> None:
+        """`sets`: weight sets that start as copies of the initial weights and are part of a checkpoint."""
+        self.run = run
+        self.config = run.config
+        self.adapter: ModelAdapter[Any] = run.adapter()
+        self.policy: Policy = run.load_policy(self.adapter, self.config.init)
+        self._sets = sets
+        self.initial = {name: value.clone() for name, value in self.policy.weights().items()}
+        optimizer = OptimizerConfig(
+            **self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step
+        )
+        self.engine: Engine = make_engine(self.policy.net, run.engine_config(), optimizer)
+        for name in sets:
+            self.policy.remember(name)
+        self.start = self._resume()
+        self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.run.folder / "checkpoints"
+
+    def _resume(self) -> int:
+        found = load_latest(self._checkpoints)
+        if found is None:
+            return 0
+        what = f"the checkpoint at step {found.step} in {self._checkpoints}"
+        self.policy.load(found.tensors["policy"], what=what)
+        for name in self._sets:
+            self.policy.put(name, found.tensors[f"set-{name}"], what=what)
+            if found.state["same_as_current"].get(name):
+                self.policy.mark_same(name, CURRENT)
+        self.engine.load_state_dict(found.tensors["optimizer"])
+        logger.info("{}: goes on from step {}", self.run.name, found.step)
+        return int(found.step)
+
+    def save(self, step: int, extra: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """A complete checkpoint after `step` steps."""
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "policy": self.policy.weights(),
+            "optimizer": self.engine.state_dict(),
+            **{f"set-{name}": self.policy.sets[name] for name in self._sets},
+            **(extra or {}),
+        }
+        state = {
+            "stage": self.run.name,
+            "seed": self.run.seed,
+            "same_as_current": {name: self.policy.same(name, CURRENT) for name in self._sets},
+        }
+        folder = save_checkpoint(self._checkpoints, step, tensors, state, keep=self.config.keep_checkpoints)
+        self.run.notify("checkpoint_saved", CheckpointSaved(step=step, folder=folder))
+
+    def loop(self, step: Callable[[int], dict[str, float]], note: Callable[[Mapping[str, float]], str]) -> None:
+        """Run `step` until all steps are done, saving as the recipe says; observers hear of everything."""
+        total = self.config.steps
+        self.run.notify("run_start", RunStart(
+            stage=self.run.name, kind=self.config.stage, folder=self.run.folder, step=self.start, total=total,
+            config=self.config.model_dump(by_alias=True),
+        ))  # fmt: skip
+        done = self.start
+        try:
+            with self.run.progress(total, self.start, unit="steps") as bar:
+                for index in range(self.start, total):
+                    done = self._one(index, step, note, bar)
+        except Exception as error:
+            self.run.notify("run_end", RunEnd(step=done, error=str(error)))
+            raise
+        self.run.notify("run_end", RunEnd(step=total))
+
+    def _one(
+        self,
+        index: int,
+        step: Callable[[int], dict[str, float]],
+        note: Callable[[Mapping[str, float]], str],
+        bar: Ticker,
+    ) -> int:
+        begin = time.perf_counter()
+        metrics = step(index)
+        metrics["time/step_s"] = time.perf_counter() - begin
+        if not metrics.get("updated", 1.0):
+            logger.warning("{}: step {} had a non-finite gradient and was not taken", self.run.name, index)
+        self.log.add(index, metrics)
+        self.run.notify("step_end", StepEnd(step=index, metrics=metrics))
+        done = index + 1
+        if done % self.config.checkpoint_every == 0 and done < self.config.steps:
+            self.save(done)
+        bar.tick(note(metrics))
+        return done
+
+    def finish(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Write the final weights (the current ones, unless others are given) and say what they are."""
+        final = {name: value.cpu().contiguous() for name, value in (weights or self.policy.weights()).items()}
+        if not all(bool(torch.isfinite(value).all()) for value in final.values()):
+            raise VelaturaError(f"stage '{self.run.name}' ended with weights that are not finite; nothing was saved")
+        temporary = self.run.folder / f".{WEIGHTS}.tmp"
+        save_file(final, temporary, metadata={"stage": self.run.name})
+        temporary.replace(self.run.folder / WEIGHTS)
+        self.save(self.config.steps)
+        change = torch.stack([(final[n] - self.initial[n].cpu()).float().norm() for n in final]).norm()
+        size = torch.stack([self.initial[n].cpu().float().norm() for n in final]).norm()
+        return {"steps": self.config.steps, "relative_change": float(change / size)}

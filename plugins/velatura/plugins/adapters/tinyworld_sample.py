@@ -1,0 +1,70 @@
+"""Draw a picture with an exported tiny world: python sample.py "a red circle on white" out.png --seed 3
+
+An edit takes its source picture with --source in.png. Needs torch, diffusers, safetensors and pillow.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Transformer2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+
+
+def embed(text: str) -> torch.Tensor:
+    """[1 12 64]: a vector per word, zeros behind them."""
+    known, words = json.loads((HERE / "words.json").read_text()), text.lower().split()
+    if foreign := [word for word in words if word not in known["words"]]:
+        raise SystemExit(f"The tiny world does not know {foreign[0]!r}. It knows: {', '.join(known['words'])}.")
+    rows = [known["words"].index(word) + 1 for word in words] + [0] * (known["length"] - len(words))
+    return load_file(HERE / "words.safetensors")["table"][torch.tensor(rows)][None]
+
+
+def read(file: str, vae: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[1 16 48] latents of a picture of 24 x 24 pixels, cut into 4 x 4 patches."""
+    pixels = torch.tensor(list(Image.open(file).convert("RGB").tobytes())).view(4, 6, 4, 6, 3) / 255
+    return (pixels.permute(0, 2, 4, 1, 3).reshape(1, 16, -1) - vae["mean"]) @ vae["basis"] / vae["scale"]
+
+
+def write(latents: torch.Tensor, vae: dict[str, torch.Tensor], file: str) -> None:
+    """The picture of [1 16 48] latents."""
+    patches = ((latents[0] * vae["scale"]) @ vae["basis"].T + vae["mean"]).clamp(0, 1).view(4, 4, 3, 6, 6)
+    pixels = (patches * 255).round().byte().permute(0, 3, 1, 4, 2).flatten()
+    Image.frombytes("RGB", (24, 24), bytes(pixels.tolist())).save(file)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Euler steps along the guided velocity, from the noise of the seed."""
+    info = json.loads((HERE / "velatura.json").read_text())
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("prompt", "output", "--source"):
+        parser.add_argument(name)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=info["steps"])
+    parser.add_argument("--guidance", type=float, default=info["guidance_scale"])
+    args = parser.parse_args()
+    net = QwenImage21Transformer2DModel.from_pretrained(HERE / "transformer")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(HERE / "scheduler")
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / args.steps, args.steps, dtype=torch.float64).tolist())
+    vae = load_file(HERE / "vae.safetensors")
+    source = read(args.source, vae) if args.source else torch.zeros(1, 0, 48)
+    slots = source.shape[1] // 4  # the source's place, before the words
+    text = F.pad(torch.cat([embed(args.prompt), embed("")]), (0, 0, slots, 0))  # second row: unconditional
+    mask = torch.tensor([[True] * slots + [False] * (text.shape[1] - slots) + [True] * 4] * 2)
+    images = [[(1, 4, 4)] * (2 if args.source else 1)] * 2
+    x = torch.randn(16, 48, generator=torch.Generator().manual_seed(args.seed))[None]
+    for t, t_next in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+        tokens = torch.cat([source, x], dim=1).expand(2, -1, -1)
+        cond, null = net(tokens, text, t.expand(2), images, mask, return_dict=False)[0][:, -16:]
+        x = x + (t_next - t) * (null + args.guidance * (cond - null))
+    write(x, vae, args.output)
+
+
+if __name__ == "__main__":
+    main()

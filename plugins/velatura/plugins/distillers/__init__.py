@@ -1,0 +1,1 @@
+"""Distillers: objectives whose target is a teacher."""

@@ -1,0 +1,1 @@
+"""Evaluators: metrics that are never trained on."""

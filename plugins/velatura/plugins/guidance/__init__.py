@@ -1,0 +1,1 @@
+"""Guidance policies: where the unconditional branch enters, role by role."""

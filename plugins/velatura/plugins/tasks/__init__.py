@@ -1,0 +1,1 @@
+"""Tasks that belong to no world of their own."""

@@ -1,0 +1,175 @@
+"""Prompts from a JSONL file: one JSON object a line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+from velatura.api import Context, Options, Prompt, Task, VelaturaError
+from velatura.core.errors import suggest
+
+
+class PromptFileOptions(Options):
+    """Which files."""
+
+    file: str = Field(description="Prompts to train on: JSONL, seen from the recipe.")
+    eval_file: str | None = Field(None, description="Held-out prompts for evaluation, in the same form.")
+    task: Literal["t2i", "edit"] = Field("t2i", description="The route of all prompts; edits need `sources`.")
+
+
+class PromptLine(BaseModel):
+    """One line of a prompt file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = Field(min_length=1)
+    """The prompt, or the edit instruction."""
+    id: str | None = None
+    """Unique in the file; made from the content when left out."""
+    category: str = "general"
+    """Chooses reward weights and groups the evaluation."""
+    sources: tuple[str, ...] = ()
+    """Source images of an edit; paths seen from the file."""
+    target: str | None = None
+    """The picture to learn from, for supervised stages."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """Whatever the rewards need."""
+
+    @property
+    def key(self) -> str:
+        """The id, or one that stays the same when other lines come and go."""
+        text = json.dumps([self.prompt, self.sources, self.target], ensure_ascii=True)
+        return self.id or hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class PromptFile(Task[PromptFileOptions]):
+    """Prompts from a JSONL file.
+
+    Each line is an object like {"prompt": "a red fox", "category": "animals"}; `id`, `category`, `sources` (paths of
+    the images to edit, seen from the file), `target` (the picture to learn from) and `metadata` may be left out.
+    """
+
+    name = "prompts"
+
+    _context: Context | None = None
+
+    def setup(self, context: Context) -> None:
+        """Remember where the recipe is."""
+        self._context = context
+
+    def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
+        """All prompts of a file; images are read when a prompt is looked at."""
+        chosen = self.options.file if split == "train" else self.options.eval_file
+        if chosen is None:
+            raise VelaturaError(
+                f"task 'prompts' with file {self.options.file!r} has no prompts to evaluate on: "
+                "set its option 'eval_file' to a file of prompts that are not trained on"
+            )
+        path = self._context.resolve(chosen) if self._context is not None else Path(chosen)
+        return FilePrompts(read_prompts(path, self.options.task), path.parent, self.options.task)
+
+
+class FilePrompts(Sequence[Prompt]):
+    """Prompts whose images are read on access."""
+
+    def __init__(self, lines: Sequence[tuple[str, PromptLine]], folder: Path, task: str) -> None:
+        """Lines with their ids, and where their paths start."""
+        self._lines, self._folder, self._task = lines, folder, task
+
+    def __len__(self) -> int:
+        """How many prompts."""
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
+        """One prompt with its images, or some of them still lazy."""
+        if isinstance(index, slice):
+            return FilePrompts(self._lines[index], self._folder, self._task)
+        key, line = self._lines[index]
+        return Prompt(
+            id=key,
+            text=line.prompt,
+            task=self._task,
+            category=line.category,
+            sources=tuple(read_image(self._folder / source) for source in line.sources),
+            target=read_image(self._folder / line.target) if line.target is not None else None,
+            metadata=line.metadata,
+        )
+
+
+def read_prompts(path: Path, task: str) -> list[tuple[str, PromptLine]]:
+    """The lines of a prompt file with their ids; the first thing wrong is an error with its line number."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        names = [found.name for found in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
+        hint = suggest(path.name, names) if names else " Paths start at the folder of the recipe."
+        raise VelaturaError(f"there is no prompt file {str(path)!r}.{hint}") from error
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise VelaturaError(f"{path}: a prompt file is a text file in UTF-8, one JSON object a line") from error
+    lines = list(_parsed(path, text, task))
+    if not lines:
+        raise VelaturaError(f'{path}: there are no prompts in it; write lines like {{"prompt": "a red fox"}}')
+    return lines
+
+
+def _parsed(path: Path, text: str, task: str) -> Iterator[tuple[str, PromptLine]]:
+    """Each line that is not blank, with its id."""
+    first: dict[str, int] = {}
+    for number, raw in enumerate(text.split("\n"), start=1):
+        if not raw.strip():
+            continue
+        line = _line(f"{path}:{number}", raw)
+        if line.key in first:
+            remedy = "give it another 'id'" if line.id else "remove one of them, or give it an 'id'"
+            raise VelaturaError(f"{path}:{number}: the same prompt as on line {first[line.key]}; {remedy}")
+        first[line.key] = number
+        if task == "edit" and not line.sources:
+            raise VelaturaError(f'{path}:{number}: an edit needs the image to edit; add "sources": ["picture.png"]')
+        for image in (*line.sources, *([line.target] if line.target is not None else [])):
+            if not (path.parent / image).is_file():
+                raise VelaturaError(f"{path}:{number}: there is no image {image!r} in {path.parent}")
+        yield line.key, line
+
+
+def _line(at: str, raw: str) -> PromptLine:
+    """One line as an object."""
+    try:
+        data = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise VelaturaError(f"{at}: this is not JSON: {error.msg} (column {error.colno})") from error
+    if not isinstance(data, dict):
+        raise VelaturaError(f'{at}: a line is an object like {{"prompt": "a red fox"}}')
+    if "prompt" not in data:
+        raise VelaturaError(f"{at}: the key 'prompt' is missing; there is: {', '.join(data) or 'nothing'}")
+    unknown = [key for key in data if key not in PromptLine.model_fields]
+    if unknown:
+        hint = suggest(unknown[0], PromptLine.model_fields)
+        raise VelaturaError(f"{at}: no such key: {unknown[0]!r}.{hint} What rewards need goes into 'metadata'.")
+    try:
+        return PromptLine.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise VelaturaError(f"{at}: {place}: {first['msg']} (got {first['input']!r})") from error
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file as RGB in [0, 1], `3 H W`."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float32)
+    except UnidentifiedImageError as error:
+        raise VelaturaError(f"{path} is not an image that Pillow can read") from error
+    return torch.from_numpy(pixels / 255.0).permute(2, 0, 1).contiguous()

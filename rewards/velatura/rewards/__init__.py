@@ -1,0 +1,31 @@
+"""Built-in reward models, advantage estimators and prompt filters."""
+
+from collections.abc import Sequence
+
+from velatura.core.hookspecs import hookimpl
+
+
+@hookimpl
+def velatura_reward() -> Sequence[str]:
+    """What is good."""
+    return [
+        "tinyworld-aesthetics = velatura.rewards.tinyworld:Aesthetics",
+        "tinyworld-alignment = velatura.rewards.tinyworld:Alignment",
+        "tinyworld-identity = velatura.rewards.tinyworld:IdentityKept",
+        "tinyworld-instruction = velatura.rewards.tinyworld:Instruction",
+        "tinyworld-portrait = velatura.rewards.tinyworld:Portrait",
+        "tinyworld-preservation = velatura.rewards.tinyworld:Preservation",
+        "tinyworld-sharpness = velatura.rewards.tinyworld:Sharpness",
+    ]
+
+
+@hookimpl
+def velatura_advantage() -> Sequence[str]:
+    """From scores to how much better than its group a sample is."""
+    return ["group-z = velatura.rewards.advantages:GroupZ"]
+
+
+@hookimpl
+def velatura_prompt_filter() -> Sequence[str]:
+    """Which prompts are worth learning from."""
+    return ["range = velatura.rewards.filters:Range"]

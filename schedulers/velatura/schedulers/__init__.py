@@ -1,0 +1,21 @@
+"""Built-in step kernels and timestep samplers."""
+
+from collections.abc import Sequence
+
+from velatura.core.hookspecs import hookimpl
+
+
+@hookimpl
+def velatura_kernel() -> Sequence[str]:
+    """One step of the sampler."""
+    return ["ode = velatura.schedulers.kernels:Ode"]
+
+
+@hookimpl
+def velatura_timesteps() -> Sequence[str]:
+    """Which steps are trained, which draw noise."""
+    return [
+        "all = velatura.schedulers.timesteps:All",
+        "high-noise = velatura.schedulers.timesteps:HighNoise",
+        "uniform = velatura.schedulers.timesteps:Uniform",
+    ]

@@ -1,0 +1,96 @@
+"""Which solver steps carry gradient.
+
+Training on every step of the sampler invites the policy to write texture for the judge in the last, low-noise steps;
+a subset near t = 1 decides what is in the picture (Qwen-Image-2.0-RL, arXiv:2606.27608).
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from velatura.api import Options, StepPlan, TimestepSampler, VelaturaError
+
+
+class AllOptions(Options):
+    """Options of `all`."""
+
+    drop_first: bool = Field(False, description="Leave out step 0, which starts at t = 1 exactly, from pure noise.")
+
+
+class UniformOptions(Options):
+    """Options of `uniform`."""
+
+    count: int = Field(6, ge=1, description="How many steps to train on; all there are when the grid has fewer.")
+    drop_first: bool = Field(True, description="Leave out step 0, which starts at t = 1 exactly, from pure noise.")
+
+
+class HighNoiseOptions(UniformOptions):
+    """Options of `high-noise`."""
+
+    power: float = Field(2.0, ge=0, description="0 draws uniformly; higher favours noise.")
+    floor: float = Field(0.0, ge=0, lt=1, description="Steps that start below this time are never trained on.")
+
+
+class All(TimestepSampler[AllOptions]):
+    """Every step of the grid; draws nothing."""
+
+    name = "all"
+
+    def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
+        """Steps 0..K-1 of the grid t [K + 1]."""
+        return StepPlan.training(_candidates(t, self.options.drop_first, floor=0.0), steps=len(t) - 1)
+
+
+class Uniform(TimestepSampler[UniformOptions]):
+    """`count` steps without replacement, all equally likely."""
+
+    name = "uniform"
+
+    def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
+        """`count` of the steps of the grid t [K + 1]."""
+        steps = _candidates(t, self.options.drop_first, floor=0.0)
+        train = _draw(steps, torch.zeros(len(steps), dtype=torch.float64), self.options.count, generator)
+        return StepPlan.training(train, steps=len(t) - 1)
+
+
+class HighNoise(TimestepSampler[HighNoiseOptions]):
+    """`count` steps without replacement, step k drawn in proportion to t_k ** power.
+
+    The source asks for a subset weighted towards t = 1 and leaves count and density open (arXiv:2606.27608); dropping
+    t = 1 itself follows AWM (arXiv:2509.25050).
+    """
+
+    name = "high-noise"
+
+    def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
+        """`count` of the steps of the grid t [K + 1], mostly noisy ones."""
+        steps = _candidates(t, self.options.drop_first, self.options.floor)
+        log_weight = self.options.power * t.detach().cpu().double()[steps].log()
+        return StepPlan.training(_draw(steps, log_weight, self.options.count, generator), steps=len(t) - 1)
+
+
+def _candidates(t: Tensor, drop_first: bool, floor: float) -> Tensor:
+    """Sorted indices [C] of the steps that may be trained on."""
+    start = t.detach().cpu()[:-1]
+    allowed = (start > 0) & (start >= floor)
+    if drop_first:
+        allowed[:1] = False
+    steps = torch.nonzero(allowed).flatten()
+    if len(steps) == 0:
+        raise VelaturaError(
+            f"No step is left to train on: the grid has {len(start)} step(s), drop_first is {drop_first} and "
+            f"floor is {floor:g}. Use more solver steps, a lower floor, or drop_first: false."
+        )
+    return steps
+
+
+def _draw(steps: Tensor, log_weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of `steps` [C] without replacement, in proportion to exp(log_weight) [C]; sorted.
+
+    An exponential race in logarithms: the smallest E_k / w_k win, E_k ~ Exp(1). Unlike `torch.multinomial` it takes
+    weights that underflow.
+    """
+    race = torch.empty(len(steps), dtype=torch.float64).exponential_(generator=generator).log()
+    winners = (log_weight - race).topk(min(count, len(steps))).indices
+    return steps[winners].sort().values

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from pydantic import ValidationError
+
+from velatura.core.errors import RecipeError
+from velatura.core.recipe import Recipe, Ref, RewardRef, content_hash, load_recipe, recipe_schema
+
+Write = Callable[..., str]
+
+
+def message(name: str, *overrides: str) -> str:
+    """What a user reads."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, overrides)
+    return str(caught.value)
+
+
+def test_a_stage_takes_over_what_it_leaves_out(pipeline: str) -> None:
+    recipe = load_recipe(pipeline)
+    teacher = recipe.stage("teacher")
+    assert teacher.adapter == Ref(use="tiny")
+    assert teacher.rewards == [RewardRef(use="good", weight=2)]
+    assert teacher.objective == Ref(use="nft")
+    assert (teacher.sampling.steps, teacher.sampling.batch) == (20, 32)  # settings are merged field by field
+    assert recipe.stage("student").distiller == Ref(use="velocity-match")
+    assert not hasattr(recipe.stage("out"), "adapter")
+
+
+def test_a_slot_of_a_stage_replaces_the_one_above_as_a_whole(write: Write) -> None:
+    recipe = load_recipe(
+        write("""\
+        adapter: {use: tiny, with: {width: 8}}
+        stages:
+          out: {stage: supervised, adapter: {use: big}, task: world}
+        """)
+    )
+    assert recipe.stage("out").adapter == Ref(use="big")
+
+
+def test_order_and_dependencies_follow_references(write: Write) -> None:
+    lines = """\
+        adapter: tiny
+        rewards: [good]
+        stages:
+          out: {stage: export, model: student}
+          student: {stage: distill, teachers: {t2i: teacher}}
+          teacher: {stage: rl, prompts: pick}
+          pick: {stage: curate, task: world}
+        """
+    recipe = load_recipe(write(lines))
+    assert recipe.order() == ["pick", "teacher", "student", "out"]
+    assert recipe.dependencies("out") == ["student"]
+    assert recipe.dependencies("student") == ["teacher", "pick"]  # it trains on its teacher's prompts
+    assert recipe.dependencies("pick") == []
+
+
+def test_the_order_is_that_of_the_recipe_where_it_may_be(pipeline: str) -> None:
+    assert load_recipe(pipeline).order() == ["pick", "teacher", "student", "compare", "out"]
+
+
+def test_an_evaluation_covers_the_tasks_of_the_recipe(pipeline: str) -> None:
+    recipe = load_recipe(pipeline)
+    assert recipe.tasks_of("compare") == {"t2i": Ref(use="world")}
+    assert recipe.task_of("teacher") == Ref(use="world")
+
+
+def test_the_output_is_named_after_the_recipe(pipeline: str) -> None:
+    assert load_recipe(pipeline).output == "runs/recipe"
+    assert load_recipe(pipeline, ["output=elsewhere"]).output == "elsewhere"
+
+
+def test_a_resolved_recipe_means_the_same(pipeline: str) -> None:
+    recipe = load_recipe(pipeline)
+    resolved = recipe.resolved()
+    assert json.loads(json.dumps(resolved)) == resolved
+    assert Recipe.model_validate(resolved).stages == recipe.stages
+    assert resolved["stages"]["teacher"]["objective"] == {"use": "nft", "with": {}}
+
+
+def test_a_recipe_cannot_be_changed(pipeline: str) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe(pipeline).seed = 1  # type: ignore[misc]
+
+
+def test_numbers_in_exponent_form_are_numbers(pipeline: str) -> None:
+    recipe = load_recipe(pipeline, ["stages.teacher.objective.with.beta=1e-4", "stages.teacher.optimizer.lr=2E-5"])
+    assert recipe.stage("teacher").objective.with_["beta"] == 1e-4
+    assert recipe.stage("teacher").optimizer.lr == 2e-5
+
+
+def test_the_hash_ignores_the_order_of_keys() -> None:
+    assert content_hash({"a": 1, "b": [1, 2]}) == content_hash({"b": [1, 2], "a": 1})
+    assert content_hash({"a": [1, 2]}) != content_hash({"a": [2, 1]})
+    assert content_hash({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_and_its_line(write: Write) -> None:
+    name = write("""\
+        adapter: tiny
+        stages:
+          out:
+            stage: supervised
+            task: world
+            optimiser: {lr: 1}
+        """)
+    assert message(name) == "recipe.yaml:6: stages.out.optimiser: no such key. Did you mean 'optimizer'?"
+
+
+def test_unknown_keys_deeper_down_are_found_too(pipeline: str) -> None:
+    assert message(pipeline, "sead=1") == "command line: sead: no such key. Did you mean 'seed'?"
+    assert (
+        message(pipeline, "engine.zero_stag=1")
+        == "command line: engine.zero_stag: no such key. Did you mean 'zero_stage'?"
+    )
+    assert message(pipeline, "rewards.0.wieght=1") == (
+        "command line: rewards.0.wieght: no such key. Did you mean 'weight'?"
+    )
+    assert message(pipeline, "stages.teacher.kernel={use: ode, wiht: {}}") == (
+        "command line: stages.teacher.kernel.wiht: no such key. Did you mean 'with'?"
+    )
+
+
+def test_a_key_written_twice_names_both_lines(write: Write) -> None:
+    name = write("""\
+        adapter: tiny
+        stages:
+          a: {stage: supervised, task: world}
+          b: {stage: supervised, task: world}
+          a: {stage: export, model: b}
+        """)
+    assert message(name) == "recipe.yaml:5: stages.a is written twice, first on line 3"
+
+
+def test_a_mistake_in_a_default_is_told_once_where_it_was_written(write: Write) -> None:
+    name = write("""\
+        adapter: {use: tiny}
+        sampling:
+          steps: 0
+        rewards: [good]
+        stages:
+          a: {stage: curate, task: world}
+          b: {stage: rl, task: world}
+        """)
+    assert message(name) == "recipe.yaml:3: sampling.steps: Input should be greater than or equal to 1 (got 0)"
+
+
+def test_a_missing_slot_says_where_it_may_go(write: Write) -> None:
+    name = write("stages:\n  a: {stage: export, model: b}\n  b: {stage: supervised, task: world}\n")
+    assert message(name) == (
+        "recipe.yaml:3: stages.b: 'adapter' is missing; give it here, or once at the top of the recipe for every stage"
+    )
+
+
+def test_missing_keys(write: Write) -> None:
+    assert message(write("seed: 1\n")) == "recipe.yaml: stages: this key is missing"
+    assert message(write("stages:\n  a: {stage: export}\n")) == "recipe.yaml:2: stages.a.model: this key is missing"
+    assert message(write("stages:\n  a: {model: b}\n")) == (
+        "recipe.yaml:2: stages.a: 'stage' is missing; it says of what kind the stage is: "
+        "curate, rl, distill, supervised, evaluate, export"
+    )
+
+
+def test_an_unknown_kind_of_stage_is_answered_with_the_nearest(pipeline: str) -> None:
+    assert message(pipeline, "stages.student.stage=distil") == (
+        "recipe.yaml:13: stages.student: no stage is of kind 'distil'. Did you mean 'distill'?"
+    )
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_a_group_of_one_is_refused_with_the_reason(pipeline: str, value: str) -> None:
+    assert message(pipeline, f"stages.teacher.group_size={value}") == (
+        f"command line: stages.teacher.group_size: a group of {value} teaches nothing: an advantage says how much "
+        "better a sample is than the rest of its group. Take 2 or more; 8 to 24 is usual"
+    )
+    assert message(pipeline, f"stages.pick.group_size={value}") == (
+        f"command line: stages.pick.group_size: a group of {value} teaches nothing: curation compares the samples "
+        "of a prompt with each other. Take 2 or more; 8 to 24 is usual"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("stages.teacher.steps=-1", "stages.teacher.steps: Input should be greater than or equal to 1 (got -1)"),
+        ("stages.teacher.steps=ten", "stages.teacher.steps: Input should be a valid integer (got 'ten')"),
+        ("stages.teacher.steps=true", "stages.teacher.steps: Input should be a valid integer (got True)"),
+        ("stages.teacher.max_failed=2", "stages.teacher.max_failed: Input should be less than or equal to 1 (got 2)"),
+        ("rewards.0.weight=-1", "rewards.0.weight: Input should be greater than or equal to 0 (got -1)"),
+        ("engine.kind=horovod", "engine.kind: Input should be 'deepspeed' or 'local' (got 'horovod')"),
+    ],
+)
+def test_wrong_values_are_shown(pipeline: str, override: str, complaint: str) -> None:
+    assert message(pipeline, override) == f"command line: {complaint}"
+
+
+def test_bf16_without_zero_is_refused_with_the_reason(pipeline: str) -> None:
+    assert message(pipeline, "engine={precision: bf16, zero_stage: 0}") == (
+        "command line: engine: precision bf16 does not go with zero_stage 0: there DeepSpeed starts Adam at step 1, "
+        "which spoils its bias correction. Use zero_stage 1, or precision fp32"
+    )
+    assert load_recipe(pipeline, ["engine={precision: bf16}"]).engine.zero_stage == 1
+
+
+def test_prompts_come_from_one_place(pipeline: str) -> None:
+    both = "either 'prompts' (the name of a curate stage) or 'task', and not both"
+    assert message(pipeline, "stages.teacher.task=world") == f"recipe.yaml:9: stages.teacher: give {both}"
+    assert message(pipeline, "stages.teacher.prompts=null") == f"recipe.yaml:9: stages.teacher: give {both}"
+
+
+def test_a_default_task_yields_to_curated_prompts(pipeline: str) -> None:
+    assert load_recipe(pipeline, ["task=other"]).stage("teacher").task is None
+
+
+def test_references_to_unknown_stages(pipeline: str) -> None:
+    assert message(pipeline, "stages.student.teachers.t2i=techer") == (
+        "command line: stages.student.teachers.t2i: no stage is called 'techer'. Did you mean 'teacher'?"
+    )
+    assert message(pipeline, "stages.teacher.prompts=pcik") == (
+        "command line: stages.teacher.prompts: no stage is called 'pcik'. Did you mean 'pick'?"
+    )
+    assert message(pipeline, "stages.compare.models.2=studnet") == (
+        "command line: stages.compare.models.2: no stage is called 'studnet'. Did you mean 'student'?"
+    )
+
+
+def test_references_to_stages_of_the_wrong_kind(pipeline: str) -> None:
+    assert message(pipeline, "stages.student.teachers.t2i=pick") == (
+        "command line: stages.student.teachers.t2i: stage 'pick' is of kind curate; "
+        "a teacher comes from a stage of kind rl or supervised"
+    )
+    assert message(pipeline, "stages.teacher.prompts=student") == (
+        "command line: stages.teacher.prompts: stage 'student' is of kind distill; "
+        "a choice of prompts comes from a stage of kind curate"
+    )
+    assert message(pipeline, "stages.out.model=compare") == (
+        "command line: stages.out.model: stage 'compare' is of kind evaluate; "
+        "a model comes from a stage of kind rl or distill or supervised"
+    )
+
+
+def test_a_cycle_is_written_out(write: Write) -> None:
+    name = write("""\
+        adapter: tiny
+        task: world
+        rewards: [good]
+        stages:
+          a: {stage: rl, init: c}
+          b: {stage: rl, init: a}
+          c: {stage: rl, init: b}
+        """)
+    assert message(name) == "recipe.yaml:5: stages.a: stage cycle: a -> c -> b -> a"
+
+
+def test_a_stage_that_needs_itself(pipeline: str) -> None:
+    assert message(pipeline, "stages.teacher.init=teacher") == (
+        "command line: stages.teacher.init: stage 'teacher' needs its own result"
+    )
+
+
+def test_names_that_stages_cannot_have(pipeline: str) -> None:
+    assert message(pipeline, "stages.base={stage: export, model: student}") == (
+        "command line: stages.base: a stage cannot have this name: it stands for the model that everything starts "
+        "from. Use letters, digits, '_' and '-'"
+    )
+    assert message(pipeline, "stages.a/b={stage: export, model: student}") == (
+        "command line: stages.a/b: a stage cannot have this name: it is a folder. Use letters, digits, '_' and '-'"
+    )
+
+
+def test_two_rewards_of_one_name(pipeline: str) -> None:
+    assert message(pipeline, "rewards=[good, good]") == (
+        "command line: rewards.1: two rewards are called 'good'; give one of them another 'name'"
+    )
+    named = load_recipe(pipeline, ["rewards=[good, {use: good, name: again}]"])
+    assert [reward.label for reward in named.stage("pick").rewards] == ["good", "again"]
+
+
+def test_a_route_without_a_teacher(pipeline: str) -> None:
+    assert message(pipeline, "stages.student.prompts.edit=pick") == (
+        "recipe.yaml:13: stages.student: 'prompts' has a route 'edit', for which 'teachers' names nobody"
+    )
+
+
+def test_a_plugin_that_is_not_a_file(pipeline: str) -> None:
+    assert message(pipeline, "plugins=[acme]") == (
+        "command line: plugins.0: 'acme' is not a .py file; an installed plugin is used by naming it: 'use: acme/...'"
+    )
+
+
+def test_files_that_are_no_recipes(write: Write) -> None:
+    write("stages:\n")
+    assert message("recpie.yaml") == "there is no recipe 'recpie.yaml'. Did you mean 'recipe.yaml'?"
+    assert message(".") == ". is a folder; give a recipe file. There is: recipe.yaml."
+    assert message(write("- a\n- b\n")) == "recipe.yaml: a recipe is a mapping with the key 'stages', this is a list"
+    assert message(write("seed: 1\nstages: {a: [}\n")).startswith("recipe.yaml:2: this is not YAML: ")
+    assert message(write("seed: !!python/object:os.system {}\n")).startswith("recipe.yaml:1: this is not YAML: could")
+    assert message(write("")) == "recipe.yaml: stages: this key is missing"
+
+
+def test_anchors_and_merge_keys_may_be_used(write: Write) -> None:
+    name = write("""\
+        adapter: tiny
+        stages:
+          a: &a {stage: supervised, task: world, steps: 5}
+          b: {<<: *a, steps: 6}
+          c: *a
+        """)
+    recipe = load_recipe(name)
+    assert [recipe.stage(stage).steps for stage in "abc"] == [5, 6, 5]
+
+
+def test_a_place_is_where_it_was_written(pipeline: str) -> None:
+    recipe = load_recipe(pipeline, ["stages.student.timesteps.with.count=3"])
+    assert recipe.at(("stages", "teacher", "adapter")) == "recipe.yaml:2: adapter"
+    assert recipe.at(("stages", "teacher", "sampling", "steps")) == "recipe.yaml:4: sampling.steps"
+    assert recipe.at(("stages", "teacher", "sampling", "batch")) == "recipe.yaml:12: stages.teacher.sampling.batch"
+    assert recipe.at(("stages", "teacher", "objective")) == "recipe.yaml:9: stages.teacher.objective"
+    assert recipe.at(("stages", "student", "timesteps")) == "command line: stages.student.timesteps"
+
+
+def test_the_schema_knows_every_kind_of_stage_and_both_forms_of_a_reference() -> None:
+    schema = recipe_schema()
+    definitions = schema["$defs"]
+    assert set(schema["properties"]["stages"]["additionalProperties"]["discriminator"]["mapping"]) == {
+        "curate", "rl", "distill", "supervised", "evaluate", "export",
+    }  # fmt: skip
+    assert definitions["RLStage"]["required"] == ["stage"]  # the rest may come from the top
+    assert definitions["DistillStage"]["required"] == ["stage", "teachers"]
+    assert [form["type"] for form in definitions["Ref"]["anyOf"]] == ["string", "object"]
+    assert "with" in definitions["Ref"]["anyOf"][1]["properties"]
+    assert json.loads(json.dumps(schema)) == schema
+
+
+def test_every_key_of_the_schema_is_accepted_by_the_recipe(pipeline: str) -> None:
+    schema = recipe_schema()
+    assert set(load_recipe(pipeline).model_dump(by_alias=True)) == set(schema["properties"])
+    assert schema["additionalProperties"] is False
