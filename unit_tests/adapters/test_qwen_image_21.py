@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import QwenImage21Transformer2DModel
 from torch import Tensor, nn
+
 from velatura.api import VelaturaError
 from velatura.plugins.adapters.qwen_image_21 import (
     Grid,

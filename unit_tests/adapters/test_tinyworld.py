@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
 from velatura.api import Context, Prompt, VelaturaError
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter, TinyWorldAdapterOptions
 

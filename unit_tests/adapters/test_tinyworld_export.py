@@ -14,6 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
+
 from velatura.api import Prompt, VelaturaError
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter, TinyWorldAdapterOptions
 

@@ -65,6 +65,9 @@ def test_the_order_is_that_of_the_recipe_where_it_may_be(pipeline: str) -> None:
 def test_an_evaluation_covers_the_tasks_of_the_recipe(pipeline: str) -> None:
     recipe = load_recipe(pipeline)
     assert recipe.tasks_of("compare") == {"t2i": Ref(use="world")}
+    assert recipe.tasks_of("student") == {"t2i": Ref(use="world")}
+    assert recipe.tasks_of("teacher") == {"teacher": Ref(use="world")}
+    assert recipe.tasks_of("out") == {}
     assert recipe.task_of("teacher") == Ref(use="world")
 
 

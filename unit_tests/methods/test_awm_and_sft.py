@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+
 from velatura.api import Points, PolicyObjective, Role
 from velatura.plugins.objectives.awm import AWM, AWMOptions
 from velatura.plugins.objectives.nft import NFT, NFTOptions

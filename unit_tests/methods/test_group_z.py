@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+
 from velatura.api import Admission, Prompt, RewardReport, Status
 from velatura.rewards.advantages import GroupZ, GroupZOptions
 

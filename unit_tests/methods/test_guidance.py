@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from velatura.api import GuidancePolicy, Role
 from velatura.plugins.guidance.policies import Both, NoGuidance, RolloutOnly, ScaleOptions, TeacherOnly
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+
 from velatura.api import TimestepSampler, VelaturaError
 from velatura.schedulers.kernels import Ode
 from velatura.schedulers.timesteps import All, AllOptions, HighNoise, HighNoiseOptions, Uniform, UniformOptions

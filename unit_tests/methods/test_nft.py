@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+
 from velatura.api import Points, Role, VelaturaError
 from velatura.plugins.objectives.nft import NFT, NFTOptions
 

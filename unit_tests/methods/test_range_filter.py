@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import ValidationError
+
 from velatura.api import Prompt, RewardReport, Status
 from velatura.rewards.filters import Range, RangeOptions
 

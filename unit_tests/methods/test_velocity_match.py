@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+
 from velatura.api import Points, Prompt, Role, VelaturaError
 from velatura.plugins.distillers.velocity_match import VelocityMatch, VelocityMatchOptions
 from velatura.plugins.guidance.policies import ScaleOptions, TeacherOnly

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ValidationError
+
 from velatura.core.components import Component, Options
 from velatura.core.errors import PluginError, RecipeError, VelaturaError, prefixed
 from velatura.core.explain import complaints

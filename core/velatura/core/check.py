@@ -58,16 +58,17 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
 
 
 def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
-    at = f"stages.{name}"
-    objective: PolicyObjective[Any] = build(registry, "objective", stage.objective, f"{at}.objective")  # type: ignore[assignment]
-    kernel = registry.get("kernel", stage.kernel.use, f"{at}.kernel")
+    at = recipe.at(("stages", name))
+    place = recipe.at(("stages", name, "objective"))
+    objective: PolicyObjective[Any] = build(registry, "objective", stage.objective, place)  # type: ignore[assignment]
+    kernel = registry.get("kernel", stage.kernel.use, recipe.at(("stages", name, "kernel")))
     if objective.requires.stochastic_steps and not getattr(kernel, "stochastic", False):
         raise RecipeError(
             f"{at}: objective '{objective.name}' needs stochastic steps, but kernel '{kernel.name}' has none. Choose "
             f"a stochastic kernel, or an objective that re-noises finished samples, such as 'nft'."
         )
     if not any(ref.weight > 0 or any(w > 0 for w in ref.weight_by_category.values()) for ref in stage.rewards):
-        raise RecipeError(f"{at}.rewards: every weight is 0, so there is nothing to learn from. Give one a weight.")
+        raise RecipeError(f"{recipe.at(('stages', name, 'rewards'))}: every weight is 0, so there is nothing to learn from. Give one a weight.")
 
 
 def _scale(registry: Registry, ref: Any, role: Role, at: str) -> float:
@@ -205,11 +206,11 @@ def _stage_row(plan: Any, name: str) -> tuple[list[str], float]:
     needs = ", ".join(plan.recipe.dependencies(name))
     if stage.stage == "export":
         return [name, stage.stage, needs, "1", "", "", "", ""], 0.0
-    adapter = _set_up(plan, "adapter", stage.adapter)
+    adapter = set_up(plan, "adapter", stage.adapter)
     prompts = {route: _count(plan, ref, stage) for route, ref in plan.recipe.tasks_of(name).items()}
     rows = stage_rows(plan.recipe, plan.registry, name, adapter, sum(prompts.values()))
     steps = getattr(stage, "steps", 1)
-    sample = _set_up(plan, "task", next(iter(plan.recipe.tasks_of(name).values()))).prompts("eval")[0]
+    sample = set_up(plan, "task", next(iter(plan.recipe.tasks_of(name).values()))).prompts("eval")[0]
     per_row = seconds_per_row(adapter, sample, torch.device("cpu"))
     seconds = steps * rows.cost * per_row if per_row else 0.0
     samples = {"rl": lambda: stage.prompts_per_step * stage.group_size, "distill": lambda: stage.prompts_per_step,
@@ -222,7 +223,8 @@ def _stage_row(plan: Any, name: str) -> tuple[list[str], float]:
     ], seconds  # fmt: skip
 
 
-def _set_up(plan: Any, kind: str, ref: Any) -> Any:
+def set_up(plan: Any, kind: str, ref: Any) -> Any:
+    """A component of the recipe, ready on the CPU."""
     component = build(plan.registry, kind, ref)
     component.setup(Context(device=torch.device("cpu"), cache=Path.home() / ".cache" / "velatura",
                             seed=plan.recipe.seed, base=plan.base))  # fmt: skip
@@ -231,11 +233,9 @@ def _set_up(plan: Any, kind: str, ref: Any) -> Any:
 
 def _count(plan: Any, ref: Any, stage: Any) -> int:
     split = "eval" if stage.stage == "evaluate" else "train"
-    count = len(_set_up(plan, "task", ref).prompts(split))
+    count = len(set_up(plan, "task", ref).prompts(split))
     return min(count, getattr(stage, "max_prompts", None) or count)
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-

@@ -20,12 +20,14 @@ from loguru import logger
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
 from velatura.core.errors import CheckpointError
 
 FORMAT = 1
 """Raised when an older Velatura could no longer read what this one writes."""
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_SECTION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _TEMPORARY = ".writing-"
 
 
@@ -50,12 +52,14 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_temporaries(folder)
+    if odd := [section for section in tensors if not _SECTION.fullmatch(section)]:
+        raise ValueError(f"a section becomes a file name, which {odd[0]!r} cannot be")
     target = folder / f"step-{step:06d}"
     needed = sum(t.nbytes for section in tensors.values() for t in section.values())
     temporary = folder / f"{_TEMPORARY}{target.name}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_temporaries(folder)
         _write(temporary, step, tensors, state)
         _rename(temporary, target)
     except (OSError, SafetensorError) as error:

@@ -284,4 +284,3 @@ CONTRACTS: Mapping[str, type[Component[Any]]] = {
     )
 }  # fmt: skip
 """Kind -> contract."""
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,9 +68,11 @@ class PromptStream:
             )
         sampler = EpochSampler(len(prompts), batch, seed)
         sampler.position = start * batch
-        self.loader = StatefulDataLoader(
-            _Prompts(prompts), batch_size=batch, sampler=sampler, collate_fn=list, num_workers=0, drop_last=True
-        )
+        with warnings.catch_warnings():  # torchdata calls torch.set_vital, which torch 2.13 deprecates
+            warnings.filterwarnings("ignore", message=".*set_vital.*")
+            self.loader = StatefulDataLoader(
+                _Prompts(prompts), batch_size=batch, sampler=sampler, collate_fn=list, num_workers=0, drop_last=True
+            )
         self._batches = iter(self.loader)
 
     def __next__(self) -> list[Prompt]:

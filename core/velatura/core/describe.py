@@ -18,9 +18,11 @@ def summary_of(target: type | str) -> tuple[str, str]:
     if path is None:
         return "", f"there is no module {module}"
     try:
-        return _first_line(_docstrings(path).get(attribute)), ""
+        names = _names(path)
     except SyntaxError as error:
         return "", f"{module} is not valid Python: {error}"
+    known = attribute in names or "*" in names or path.suffix != ".py"
+    return _first_line(names.get(attribute)), "" if known else f"{module} has no {attribute!r}"
 
 
 def _first_line(docstring: str | None) -> str:
@@ -52,9 +54,18 @@ def _spec(name: str, where: list[str] | None) -> ModuleSpec | None:
 
 
 @lru_cache(maxsize=256)
-def _docstrings(path: Path) -> dict[str, str | None]:
-    """Docstrings of the classes of a source file."""
+def _names(path: Path) -> dict[str, str | None]:
+    """What a source file defines or imports at its top, classes with their docstrings."""
     if path.suffix != ".py":
         return {}
-    tree = ast.parse(path.read_bytes())
-    return {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+    names: dict[str, str | None] = {}
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.ClassDef):
+            names[node.name] = ast.get_docstring(node)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name: None for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id: None for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.If | ast.Try):
+            names["*"] = None  # what is defined there depends on the machine
+    return names

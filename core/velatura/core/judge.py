@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from velatura.core.components import RewardModel
 from velatura.core.errors import RewardError
@@ -32,7 +33,21 @@ class WeightedReward:
 
     def weight_for(self, prompt: Prompt) -> float:
         """Weight for the prompt's category; 0 where the reward does not apply."""
-        return self.weight_by_category.get(prompt.category, self.weight) if self.model.applies(prompt) else 0.0
+        return self.weight_by_category.get(prompt.category, self.weight) if self.applies(prompt) else 0.0
+
+    def applies(self, prompt: Prompt) -> bool:
+        """What the reward says of the prompt.
+
+        Raises:
+            RewardError: it raised; that is no matter of one picture, so there is no retry and no budget.
+        """
+        try:
+            return self.model.applies(prompt)
+        except Exception as error:
+            raise RewardError(
+                f"{self.at}: `applies` of reward '{self.label}' raised {type(error).__name__}: {error} (prompt "
+                f"{prompt.id!r}). Mend it: it decides from the prompt alone."
+            ) from error
 
 
 class Judge:
@@ -94,7 +109,7 @@ class Judge:
     def _score(self, reward: WeightedReward, samples: Sequence[Sample]) -> Scores:
         """All samples through one reward; those it does not apply to are never shown to it."""
         shown = [i for i, sample in enumerate(samples) if reward.weight_for(sample.prompt) > 0 or
-                 (reward.weight == 0 and reward.model.applies(sample.prompt))]  # fmt: skip
+                 (reward.weight == 0 and reward.applies(sample.prompt))]  # fmt: skip
         values = torch.zeros(len(samples))
         status = [Status.NOT_APPLICABLE] * len(samples)
         reasons = ["does not apply to this prompt"] * len(samples)
@@ -108,13 +123,15 @@ class Judge:
 
     def _patiently(self, reward: WeightedReward, samples: Sequence[Sample]) -> Scores:
         """Score a batch; when that fails, again, and then one by one, so that one bad sample spoils no other."""
+        reason = ""
         for attempt in range(1 + self.retries):
             scores = _once(reward.model, samples)
-            if not isinstance(scores, str):
+            if isinstance(scores, Scores):
                 return scores
-            logger.debug("reward '{}' failed (attempt {}): {}", reward.label, attempt + 1, scores)
+            reason = scores
+            logger.debug("reward '{}' failed (attempt {}): {}", reward.label, attempt + 1, reason)
         if len(samples) == 1 or reward.model.scope == "group":
-            return Scores.missing(len(samples), Status.FAILED, scores)
+            return Scores.missing(len(samples), Status.FAILED, reason)
         return _joined([_once_or_failed(reward.model, [sample]) for sample in samples])
 
     def _count(self, reward: WeightedReward, scores: Scores) -> None:
@@ -153,11 +170,22 @@ def _once(model: RewardModel, samples: Sequence[Sample]) -> Scores | str:  # typ
         scores = model.score(samples)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    return _contradiction(scores, len(samples)) or _without_nonsense(scores)
+
+
+def _contradiction(scores: object, count: int) -> str:
+    """Why an answer is not one score for each of `count` samples; empty when it is."""
     if not isinstance(scores, Scores):
         return f"`score` returned {type(scores).__name__} instead of Scores"
-    if tuple(scores.values.shape) != (len(samples),) or len(scores.status) != len(samples):
-        return f"`score` returned {len(scores.values)} scores for {len(samples)} samples"
-    return _without_nonsense(scores)
+    if not isinstance(scores.values, Tensor):
+        return f"`score` returned Scores whose values are a {type(scores.values).__name__} instead of a tensor"
+    if tuple(scores.values.shape) != (count,) or len(scores.status) != count:
+        shape = " x ".join(map(str, scores.values.shape)) or "1 (a scalar)"
+        return f"`score` returned {shape} scores and {len(scores.status)} statuses for {count} samples"
+    if len(scores.reasons) not in (0, count):
+        return f"`score` returned {len(scores.reasons)} reasons for {count} samples"
+    unknown = [status for status in scores.status if status not in list(Status)]
+    return f"`score` returned status {unknown[0]!r}, which is none of Status" if unknown else ""
 
 
 def _once_or_failed(model: RewardModel, samples: Sequence[Sample]) -> Scores:  # type: ignore[type-arg]
@@ -166,18 +194,18 @@ def _once_or_failed(model: RewardModel, samples: Sequence[Sample]) -> Scores:  #
 
 
 def _without_nonsense(scores: Scores) -> Scores:
-    """A NaN or infinite score is a failure."""
-    finite = torch.isfinite(scores.values)
-    reasons = scores.reasons or ("",) * len(scores.status)
+    """A NaN or infinite score is a failure; where none was given, the number beside the status is nothing."""
+    values = scores.values.detach().float().cpu()
+    finite = torch.isfinite(values)
+    status = [Status(s) for s in scores.status]
+    bad = [s is Status.OK and not ok for s, ok in zip(status, finite.tolist(), strict=True)]
+    reasons = scores.reasons or ("",) * len(status)
     return Scores(
-        values=torch.where(finite, scores.values.float().cpu(), 0.0),
-        status=tuple(
-            Status.FAILED if status is Status.OK and not ok else Status(status)
-            for status, ok in zip(scores.status, finite.tolist(), strict=True)
-        ),
+        values=torch.where(finite, values, 0.0),
+        status=tuple(Status.FAILED if wrong else s for s, wrong in zip(status, bad, strict=True)),
         reasons=tuple(
-            reason if ok else f"score is {value}"
-            for reason, ok, value in zip(reasons, finite.tolist(), scores.values.tolist(), strict=True)
+            f"score is {value}" if wrong else reason
+            for reason, wrong, value in zip(reasons, bad, values.tolist(), strict=True)
         ),
     )
 
@@ -188,5 +216,3 @@ def _joined(parts: Sequence[Scores]) -> Scores:
         status=tuple(status for part in parts for status in part.status),
         reasons=tuple(reason for part in parts for reason in (part.reasons or ("",) * len(part.status))),
     )
-
-

@@ -99,9 +99,7 @@ class Learner:
         same_guidance = torch.equal(self.guidance.scale(role, grid), self.guidance.scale(Role.CURRENT, grid))
         return same_guidance and self.policy.same(name, CURRENT)
 
-    def _velocity(
-        self, net: nn.Module, batch: MicroBatch, cond: Conditioning, role: Role
-    ) -> tuple[Tensor, int]:
+    def _velocity(self, net: nn.Module, batch: MicroBatch, cond: Conditioning, role: Role) -> tuple[Tensor, int]:
         points, scale = batch.points, self.guidance.scale(role, batch.points.t)
         null = None
         if bool((scale != 1).any()):

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -26,6 +26,7 @@ from velatura.core.checkpoint import write_json_atomic, write_text_atomic
 from velatura.core.errors import RecipeError
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
+from velatura.core.settings import ExportStage
 
 RESULTS = ("weights.safetensors", "kept.json", "samples.parquet")
 """Files whose content is a stage's result, for the stages that build on it."""
@@ -97,7 +98,32 @@ def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
         inputs[f"result of {dependency}"] = result_hash(plan.folder / dependency)
     for path in recipe.plugins:
         inputs[f"plugin {path}"] = file_hash(plan.base / path)
-    return inputs
+    return inputs | file_inputs(plan, name)
+
+
+def file_inputs(plan: Plan, name: str) -> dict[str, str]:
+    """Content of the files that a stage's options name, and of the weights its adapter starts from."""
+    stage, config = plan.resolved["stages"][name], plan.recipe.stage(name)
+    named = {text for text in _texts(stage) if (plan.base / text).is_file()}
+    if not isinstance(config, ExportStage):
+        from velatura.core.check import set_up
+
+        adapter = set_up(plan, "adapter", config.adapter)
+        weights = str(adapter.describe().get("weights", ""))
+        named |= {weights} if Path(weights).is_file() else set()
+    return {f"file {text}": file_hash(plan.base / text) for text in sorted(named)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in nested options that could be a path."""
+    if isinstance(value, str) and 0 < len(value) < 1024 and "\n" not in value:
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _texts(item)
 
 
 def result_hash(folder: Path) -> str:

@@ -14,6 +14,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import pluggy
+
 from velatura.core import hookspecs
 from velatura.core.components import CONTRACTS, Component
 from velatura.core.errors import PluginError, cause, suggest

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
 from velatura.core import graph
 from velatura.core.errors import RecipeError, prefixed, suggest
 from velatura.core.explain import complaints
@@ -176,17 +177,27 @@ class Recipe(Settings):
         return stage.task if isinstance(stage, CurateStage | RLStage | SupervisedStage) else None
 
     def tasks_of(self, name: str) -> dict[str, Ref]:
-        """Route -> task for an evaluate stage: its own, else those of all stages (a route is the name they go by in
-        a distill stage, otherwise that of the first stage)."""
+        """Route -> task of the prompts that a stage uses.
+
+        A distill stage has the routes of its teachers; an evaluate stage its own, or those of all other stages; a
+        stage with one task has one route, called like the stage.
+        """
         stage = self.stage(name)
-        if isinstance(stage, EvaluateStage) and stage.tasks:
-            return dict(stage.tasks)
+        if isinstance(stage, EvaluateStage):
+            return dict(stage.tasks) or self._all_tasks()
+        if isinstance(stage, DistillStage):
+            origins = {route: stage.prompts.get(route, teacher) for route, teacher in stage.teachers.items()}
+            return {route: task for route, origin in origins.items() if (task := self.task_of(origin))}
+        task = self.task_of(name)
+        return {name: task} if task else {}
+
+    def _all_tasks(self) -> dict[str, Ref]:
+        """Every task once; its route is what a distill stage calls it, otherwise the first stage that has it."""
         found: dict[str, Ref] = {}
-        routes = [(r, t) for s in self.stages.values() if isinstance(s, DistillStage) for r, t in s.teachers.items()]
-        for route, origin in [*routes, *((other, other) for other in self.stages)]:
-            task = self.task_of(origin)
-            if task is not None and task not in found.values():
-                found[route] = task
+        stages = sorted(self.stages, key=lambda name: self.stages[name].stage != "distill")
+        for name in stages:
+            if not isinstance(self.stages[name], EvaluateStage):
+                found |= {r: t for r, t in self.tasks_of(name).items() if r not in found and t not in found.values()}
         return found
 
     def references(self) -> Iterator[tuple[Location, str, Ref]]:

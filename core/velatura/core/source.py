@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from velatura.core.errors import RecipeError, suggest
 
 Key = int | str

@@ -11,7 +11,7 @@ def velatura_reward() -> Sequence[str]:
     return [
         "tinyworld-aesthetics = velatura.rewards.tinyworld:Aesthetics",
         "tinyworld-alignment = velatura.rewards.tinyworld:Alignment",
-        "tinyworld-identity = velatura.rewards.tinyworld:IdentityKept",
+        "tinyworld-identity = velatura.rewards.tinyworld:IdentityReward",
         "tinyworld-instruction = velatura.rewards.tinyworld:Instruction",
         "tinyworld-portrait = velatura.rewards.tinyworld:Portrait",
         "tinyworld-preservation = velatura.rewards.tinyworld:Preservation",

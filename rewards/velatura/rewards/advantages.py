@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from pydantic import Field
 from torch import Tensor
+
 from velatura.api import AdvantageEstimator, Advantages, Options, RewardReport, Status
 
 

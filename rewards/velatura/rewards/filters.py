@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+
 from velatura.api import Admission, Options, PromptFilter, RewardReport
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
+
 from velatura.api import Options, StepPlan, TimestepSampler, VelaturaError
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a parser adds its verbs."""
@@ -24,6 +27,14 @@ def new_parser(verbs: Verbs, name: str, verb: Verb, summary: str, example: str) 
     )
     parser.set_defaults(verb=verb)
     return parser
+
+
+def new_console() -> Console:
+    """A terminal, or a page wide enough that names are not cut when the output goes to a file."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=180)
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

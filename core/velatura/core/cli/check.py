@@ -17,14 +17,11 @@ def add(name: str, verbs: Verbs) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from velatura.core.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    load_recipe(arguments.recipe, arguments.overrides)  # its mistakes are told before torch is imported
 
-    from velatura.core.build import open_registry
     from velatura.core.check import check
+    from velatura.core.cli.arguments import new_console
+    from velatura.core.pipeline import plan_run
 
-    plan = check(recipe, open_registry(recipe))
-    if plan is not None:
-        from rich.console import Console
-
-        Console(soft_wrap=True).print(plan)
+    check(plan_run(arguments.recipe, arguments.overrides), new_console())
     return 0

@@ -16,7 +16,11 @@ def add(name: str, verbs: Verbs) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from velatura.core.pipeline import eval_run
+    from rich.console import Console
 
-    eval_run(arguments.run_folder, models=arguments.models)
+    from velatura.core.closing import close
+    from velatura.core.commands import eval_run
+
+    console = Console()
+    close(eval_run(arguments.run_folder, arguments.models, console=console), console)
     return 0

@@ -13,12 +13,12 @@ def add(name: str, verbs: Verbs) -> None:
     example = "velatura export runs/tinyworld --stage student --to exported/student"
     parser = new_parser(verbs, name, _export, "write a trained model as a folder that diffusers loads", example)
     add_run_folder(parser)
-    parser.add_argument("--stage", metavar="NAME", help="whose model; that of the recipe's export stage by default")
+    parser.add_argument("--stage", metavar="NAME", help="whose model; the last that was trained, by default")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where to write it")
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from velatura.core.pipeline import export_run
+    from velatura.core.commands import export_run
 
-    export_run(arguments.run_folder, stage=arguments.stage, to=arguments.to)
+    print(export_run(arguments.run_folder, arguments.to, arguments.stage))
     return 0

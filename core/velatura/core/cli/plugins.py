@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from velatura.core.cli.arguments import Verbs, new_parser
+from velatura.core.cli.arguments import Verbs, new_console, new_parser
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from velatura.core.registry import Registry
 
 
@@ -43,17 +42,10 @@ def _registry(arguments: argparse.Namespace) -> Registry:
     return registry
 
 
-def _console() -> Console:
-    """A terminal, or a page wide enough that names are not cut when the output goes to a file."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=180)
-
-
 def _list(arguments: argparse.Namespace) -> int:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     registry = _registry(arguments)
     table = Table(box=box.SIMPLE_HEAD)
@@ -62,11 +54,11 @@ def _list(arguments: argparse.Namespace) -> int:
     for info in registry.list():
         if arguments.kind in (None, info.kind):
             package = f"{info.distribution} {info.version}".strip()
-            table.add_row(info.kind, info.name, info.plugin, package, info.summary, info.problem or "ok")
-    console = _console()
+            table.add_row(info.kind, info.name, info.plugin, package, Text(info.summary), Text(info.problem or "ok"))
+    console = new_console()
     console.print(table)
     for broken in registry.broken:
-        console.print(f"broken: {broken.error}", soft_wrap=True)
+        console.print(Text(f"broken: {broken.error}"), soft_wrap=True)
     return 0
 
 
@@ -86,7 +78,7 @@ def _show(arguments: argparse.Namespace) -> int:
         what = arguments.kind or "component"
         known = {info.name for info in infos}
         raise VelaturaError(f"no {what} is called {arguments.name!r}.{suggest(arguments.name, known)}")
-    console = _console()
+    console = new_console()
     for info in found:
         show(info, registry.get(info.kind, info.name), console)
     return 0

@@ -20,11 +20,17 @@ def add(name: str, verbs: Verbs) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from velatura.core.recipe import load_recipe
 
+    recipe = load_recipe(arguments.recipe, arguments.overrides)  # its mistakes are told before torch is imported
     if arguments.stage is not None:
-        load_recipe(arguments.recipe, arguments.overrides).stage(arguments.stage)
-    else:
-        load_recipe(arguments.recipe, arguments.overrides)  # what is wrong with it is said before torch is imported
+        recipe.stage(arguments.stage)
+
+    from rich.console import Console
+
+    from velatura.core.closing import close
     from velatura.core.pipeline import run_pipeline
 
-    run_pipeline(arguments.recipe, arguments.overrides, only=arguments.stage, fresh=arguments.fresh)
+    console = Console()
+    options = {"only": arguments.stage, "fresh": arguments.fresh, "console": console}
+    folder = run_pipeline(arguments.recipe, arguments.overrides, **options)
+    close(folder, console)
     return 0

@@ -1,25 +1,45 @@
-"""`velatura sample`: make pictures of prompts."""
+"""`velatura sample`: draw a prompt."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from velatura.core.cli.arguments import Verbs, new_parser
+from velatura.core.cli.arguments import Verbs, add_run_folder, new_parser
 
 
 def add(name: str, verbs: Verbs) -> None:
     """Add this verb to the command line."""
     example = 'velatura sample runs/tinyworld "a red circle above a blue square" --seed 3 --out circle.png'
-    parser = new_parser(verbs, name, _sample, "make a picture of a prompt with a trained model", example)
-    parser.add_argument("model", type=Path, metavar="MODEL_OR_RUN", help="a run folder, or an exported model")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    parser = new_parser(verbs, name, _sample, "draw a prompt with a model of a run", example)
+    add_run_folder(parser)
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw, or how to edit the source picture")
+    parser.add_argument("--stage", metavar="NAME", help="whose model; the last that was trained, by default")
+    parser.add_argument("--source", type=Path, metavar="PICTURE", help="a picture to edit")
     parser.add_argument("--seed", type=int, default=0, help="of the noise to start from (default: 0)")
+    parser.add_argument("--count", type=int, default=4, help="how many pictures, side by side (default: 4)")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="what the model was made for, by default")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="the picture (default: sample.png)")
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from velatura.core.sample_command import sample
+    from velatura.core.errors import VelaturaError
 
-    sample(arguments.model, arguments.prompts, seed=arguments.seed, out=arguments.out)
+    if arguments.count < 1:
+        raise VelaturaError(f"--count is at least 1 (got {arguments.count})")
+
+    from velatura.core.commands import sample
+
+    print(
+        sample(
+            arguments.run_folder,
+            arguments.prompt,
+            arguments.out,
+            stage=arguments.stage,
+            seed=arguments.seed,
+            count=arguments.count,
+            source=arguments.source,
+            guidance=arguments.guidance,
+        )
+    )
     return 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.console import Console
+
     from velatura.core.components import Component
     from velatura.core.registry import ComponentInfo
 
@@ -20,29 +21,36 @@ def show(info: ComponentInfo, component: type[Component[Any]], console: Console)
     """Print everything a user needs to know of one component."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     package = f"{info.distribution} {info.version}".strip()
     console.print(f"{info.kind} {info.name}", style="bold")
     console.print(f"plugin {info.plugin}" + (f" from {package}" if package else ""))
-    console.print(f"source {inspect.getsourcefile(component)}", soft_wrap=True)
-    console.print(f"\n{inspect.cleandoc(component.__doc__ or 'This component is not documented.')}\n", soft_wrap=True)
+    console.print(f"source {inspect.getsourcefile(component)}", soft_wrap=True, markup=False)
+    console.print(
+        f"\n{inspect.cleandoc(component.__doc__ or 'This component is not documented.')}\n",
+        soft_wrap=True,
+        markup=False,
+    )
     fields = component.options_class.model_fields
     if fields:
         table = Table(box=box.SIMPLE_HEAD)
         for heading in ("option", "type", "default", "what it does"):
             table.add_column(heading, overflow="fold", no_wrap=heading == "option")
         for name, field in fields.items():
-            table.add_row(field.alias or name, _type(field), _default(field), field.description or "")
+            row = (field.alias or name, _type(field), _default(field), field.description or "")
+            table.add_row(*(Text(cell) for cell in row))
         console.print(table)
     else:
         console.print("It has no options.\n")
-    console.print(example(info.kind, info.name, component), soft_wrap=True)
+    console.print(example(info.kind, info.name, component), soft_wrap=True, markup=False)
     console.print()
 
 
 def example(kind: str, name: str, component: type[Component[Any]]) -> str:
     """YAML that uses a component with its defaults; what must be given is in angle brackets."""
     import yaml
+
     from velatura.core.recipe import SLOTS
 
     slot = next(slot for slot, of in SLOTS.items() if of == kind)

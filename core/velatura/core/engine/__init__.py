@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
 from velatura.core.engine.protocol import Engine, EngineConfig, OptimizerConfig, StepInfo
 
 __all__ = ["Engine", "EngineConfig", "OptimizerConfig", "StepInfo", "make_engine"]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
 from velatura.core.checkpoint import match_tensors
-from velatura.core.engine.local import MOMENTS, adamw, choose_device, clip, set_rate, trained_parameters
+from velatura.core.engine.local import MOMENTS, adamw, choose_device, clip, placed, set_rate, trained_parameters
 from velatura.core.engine.protocol import EngineConfig, OptimizerConfig, StepInfo
 from velatura.core.errors import VelaturaError
 
@@ -33,13 +35,14 @@ class DeepSpeedEngine:
     """AdamW behind DeepSpeed's ZeRO, with fp32 master weights and fp32 accumulation of gradients."""
 
     def __init__(self, module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> None:
+        """Take over `module`: move it to the device and the precision, and train what requires a gradient."""
         _refuse(config)
         device = choose_device(config.device)
         with _quiet():
             deepspeed = _launch(device)
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             self.device = _local_device(device)
-            module.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+            placed(module, self.device, config.precision)
             self._weights = trained_parameters(module)
             self._engine, *_ = deepspeed.initialize(
                 model=module,
@@ -226,6 +229,10 @@ def _launch(device: torch.device) -> Any:
     # Compiled at every start on a CPU, for minutes, in a cache shared by all environments; gloo is as fast here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    for name in ("deepspeed.utils.pin_memory", "deepspeed.module_inject.auto_ep_comm"):
+        # What an engine imports when it is collected; amid another import that breaks Python 3.11 (gh-106176).
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
 from velatura.core.checkpoint import match_tensors
 from velatura.core.engine.protocol import EngineConfig, OptimizerConfig, StepInfo
 from velatura.core.errors import VelaturaError
@@ -22,13 +23,14 @@ class LocalEngine:
     """AdamW on the module's own parameters, or on fp32 copies of them where the module is bf16."""
 
     def __init__(self, module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> None:
+        """Take over `module`: move it to the device and the precision, and train what requires a gradient."""
         if config.raw:
             raise VelaturaError("engine.raw is DeepSpeed's configuration; engine.kind is 'local'. Remove one of them.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise VelaturaError("engine.kind 'local' is one process, but a launcher started several. Use 'deepspeed'.")
         self.rank, self.world_size = 0, 1
         self.device = choose_device(config.device)
-        self.module = module.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        self.module = placed(module, self.device, config.precision)
         self._config = optimizer
         self._updates = 0
         self._complete = False
@@ -129,6 +131,13 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise VelaturaError(f"engine.device is {name!r}, but torch sees no CUDA device. Use 'auto' or 'cpu'.")
     return torch.device(name)
+
+
+def placed(module: nn.Module, device: torch.device, precision: str) -> nn.Module:
+    """The module on `device`, cast only where it is not in that precision yet."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    foreign = any(p.is_floating_point() and p.dtype is not dtype for p in module.parameters())
+    return module.to(device, dtype) if foreign else module.to(device)
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

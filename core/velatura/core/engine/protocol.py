@@ -33,6 +33,7 @@ class OptimizerConfig:
     """Updates of the whole run; needed by `linear` and `cosine`."""
 
     def __post_init__(self) -> None:
+        """A schedule that ends needs to know when."""
         if self.schedule != "constant" and (self.total is None or self.total <= self.warmup):
             raise ValueError(f"schedule {self.schedule!r} needs total > warmup, got {self.total} and {self.warmup}")
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
-
 
 from velatura.core.build import build
 from velatura.core.checkpoint import write_text_atomic
@@ -29,8 +28,6 @@ from velatura.core.types import Context, Prompt
 
 WEIGHTS = "weights.safetensors"
 C = TypeVar("C", bound=Component[Any])
-
-
 
 
 @dataclass(slots=True)
@@ -59,15 +56,18 @@ class StageRun:
     def build(self, kind: str, ref: Ref | str, at: str) -> Any:
         """A component of the recipe, set up."""
         reference = Ref.model_validate({"use": ref}) if isinstance(ref, str) else ref
-        component = build(self.registry, kind, reference, at=f"stages.{self.name}.{at}")
+        component = build(self.registry, kind, reference, at=self.at(at))
         component.setup(self.context())
         return component
 
+    def at(self, place: str) -> str:
+        """Where in the recipe `place` of this stage stands, for messages: `rewards.1`."""
+        parts = [int(part) if part.isdigit() else part for part in place.split(".")]
+        return self.recipe.at(("stages", self.name, *parts))
+
     def context(self) -> Context:
         """What components may know of the machine."""
-        return Context(
-            device=self.device, cache=Path.home() / ".cache" / "velatura", seed=self.seed, base=self.base
-        )
+        return Context(device=self.device, cache=Path.home() / ".cache" / "velatura", seed=self.seed, base=self.base)
 
     def adapter(self) -> ModelAdapter[Any]:
         """The adapter of this stage."""
@@ -75,17 +75,11 @@ class StageRun:
         return adapter
 
     def task_of(self, stage: str) -> Task[Any]:
-        """The task that another stage (or this one) is about."""
-        config = self.recipe.stage(stage)
-        ref = getattr(config, "task", None)
-        if ref is None and getattr(config, "prompts", None):
-            return self.task_of(config.prompts)
+        """The task that a stage (this one or another) takes its prompts from."""
+        ref = self.recipe.task_of(stage)
         if ref is None:
-            raise RecipeError(
-                f"stages.{stage}: there is no task and no `prompts`. Name a task, or the curate stage to take "
-                f"prompts from."
-            )
-        task: Task[Any] = build(self.registry, "task", ref, at=f"stages.{stage}.task")
+            raise RecipeError(f"{self.recipe.at(('stages', stage))}: this stage has no task. Give it one.")
+        task: Task[Any] = build(self.registry, "task", ref, at=self.recipe.at(("stages", stage, "task")))  # type: ignore[assignment]
         task.setup(self.context())
         return task
 
@@ -95,7 +89,7 @@ class StageRun:
             [
                 WeightedReward(
                     label=ref.name or ref.use,
-                    at=f"stages.{self.name}.rewards.{i}",
+                    at=self.at(f"rewards.{i}"),
                     model=self.build("reward", ref, f"rewards.{i}"),
                     weight=ref.weight,
                     weight_by_category=ref.weight_by_category,
@@ -229,5 +223,3 @@ def kept_prompts(run: StageRun, curate: str) -> list[Prompt]:
         raise RecipeError(f"stage '{curate}' kept no prompt at all. Lower its prompt_filter's threshold.")
     logger.info("{}: {} prompts from '{}'", run.name, len(kept), curate)
     return kept
-
-

@@ -75,7 +75,14 @@ def measure(
         stored = load_file(path)
         bar.tick("measured before", len(prompts))
         names = tuple(reward.label for reward in judge.rewards)
-        return RewardReport(names=names, prompts=tuple(prompts), **stored)
+        return RewardReport(
+            names=names,
+            prompts=tuple(prompts),
+            scores=stored["scores"],
+            status=stored["status"],
+            weight=stored["weight"],
+            group=stored["group"],
+        )
     with policy.wearing(CURRENT) as net:
         for chunk in rollout(net, sampler, prompts, group_seeds(stage, prompts)):
             judge.submit(chunk.samples)

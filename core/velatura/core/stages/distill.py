@@ -115,10 +115,14 @@ def run(stage: StageRun) -> dict[str, Any]:
         )  # fmt: skip
     distiller = stage.build("distiller", config.distiller, "distiller")
     guidance = stage.build("guidance", config.guidance, "guidance")
-    learner = Learner(engine=training.engine, policy=training.policy, adapter=training.adapter, guidance=guidance,
-                      objective=distiller)  # fmt: skip
-    sampler = Sampler(adapter=training.adapter, guidance=guidance, kernel=stage.build("kernel", config.kernel, "kernel"),
-                      steps=config.sampling.steps, batch=config.sampling.batch, role=Role.CURRENT)  # fmt: skip
+    learner = Learner(
+        engine=training.engine, policy=training.policy, adapter=training.adapter, guidance=guidance, objective=distiller
+    )
+    kernel = stage.build("kernel", config.kernel, "kernel")
+    sampler = Sampler(
+        adapter=training.adapter, guidance=guidance, kernel=kernel, steps=config.sampling.steps,
+        batch=config.sampling.batch, role=Role.CURRENT,
+    )  # fmt: skip
     prompts = {route: route_prompts(stage, route) for route in config.teachers}
     check_routes(stage, distiller, prompts)
     share = max(1, config.prompts_per_step // len(prompts))

@@ -165,5 +165,3 @@ def _save_sources(path: Path, prompts: Sequence[Prompt]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = [(p.sources[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy() for p in prompts]
     np.savez_compressed(path, images=np.stack(pixels), prompt_ids=np.array([p.id for p in prompts]))
-
-

@@ -113,9 +113,7 @@ class Loop:
         total.metrics.setdefault("loss", 0.0)
         return total
 
-    def micro_batches(
-        self, index: int, groups: Sequence[Group], made: Rollout, advantages: Tensor
-    ) -> list[MicroBatch]:
+    def micro_batches(self, index: int, groups: Sequence[Group], made: Rollout, advantages: Tensor) -> list[MicroBatch]:
         """All points of one optimiser step; several timesteps of a sample share a forward."""
         config, train = self.stage.config, made.plan.train
         total = sum(len(group.samples) for group in groups) * len(train)
@@ -137,9 +135,7 @@ def signal_groups(made: Rollout, advantages: Advantages) -> list[Group]:
     for prompt, rows in zip(made.prompts, group_rows(made.group, len(made.prompts)), strict=True):
         valid = [(int(b), j) for j, b in enumerate(rows) if bool(advantages.valid[b])]
         if any(float(advantages.values[b]) != 0 for b, _ in valid):
-            groups.append(
-                Group(prompt=prompt, samples=tuple(b for b, _ in valid), numbers=tuple(j for _, j in valid))
-            )
+            groups.append(Group(prompt=prompt, samples=tuple(b for b, _ in valid), numbers=tuple(j for _, j in valid)))
     return groups
 
 
@@ -213,4 +209,3 @@ def run(stage: StageRun) -> dict[str, Any]:
 def _note(metrics: Mapping[str, float]) -> str:
     reward = metrics.get("reward/composite")
     return f"reward {reward:.3f}" if reward is not None else "no valid reward"
-

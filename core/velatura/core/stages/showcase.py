@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from velatura.core.checkpoint import write_json_atomic
 from velatura.core.pictures import grid, save_png
 from velatura.core.policy import CURRENT, Policy
@@ -31,7 +33,7 @@ class Showcase:
     def draw(self, step: int) -> None:
         """Sample with the current weights and write the grid; captions go to `captions.json`."""
         seeds = [[derive(self.stage.seed, "showcase", p.id, j) for j in range(SEEDS)] for p in self.prompts]
-        rows: list[list[object]] = [list(p.sources) for p in self.prompts]
+        rows: list[list[Tensor]] = [list(p.sources) for p in self.prompts]
         with self.policy.wearing(CURRENT) as net:
             for chunk in rollout(net, self.sampler, self.prompts, seeds):
                 for sample in chunk.samples:

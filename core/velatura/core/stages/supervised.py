@@ -95,5 +95,3 @@ def _target(stage: StageRun, prompt: Prompt) -> Tensor:
             f"from nothing else. Use a task that provides targets."
         )
     return prompt.target
-
-

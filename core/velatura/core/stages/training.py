@@ -33,9 +33,7 @@ class Training:
         self.policy: Policy = run.load_policy(self.adapter, self.config.init)
         self._sets = sets
         self.initial = {name: value.clone() for name, value in self.policy.weights().items()}
-        optimizer = OptimizerConfig(
-            **self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step
-        )
+        optimizer = OptimizerConfig(**self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step)
         self.engine: Engine = make_engine(self.policy.net, run.engine_config(), optimizer)
         for name in sets:
             self.policy.remember(name)
@@ -73,7 +71,10 @@ class Training:
             "seed": self.run.seed,
             "same_as_current": {name: self.policy.same(name, CURRENT) for name in self._sets},
         }
-        folder = save_checkpoint(self._checkpoints, step, tensors, state, keep=self.config.keep_checkpoints)
+        folder = self._checkpoints
+        if self.engine.rank == 0:
+            folder = save_checkpoint(folder, step, tensors, state, keep=self.config.keep_checkpoints)
+        self.engine.barrier()
         self.run.notify("checkpoint_saved", CheckpointSaved(step=step, folder=folder))
 
     def loop(self, step: Callable[[int], dict[str, float]], note: Callable[[Mapping[str, float]], str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+
 from velatura.api import Conditioning, VelaturaError
 
 LORA_NAME = "policy"

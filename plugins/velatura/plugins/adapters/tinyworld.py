@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+
 from velatura.api import Conditioning, Context, ModelAdapter, Options, Prompt, VelaturaError
 from velatura.plugins.adapters.qwen_image_21 import (
     Grid,

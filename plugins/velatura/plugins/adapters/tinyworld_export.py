@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+
 from velatura.api import VelaturaError
 from velatura.plugins.adapters.qwen_image_21 import export_transformer
 from velatura.plugins.tinyworld import vae, words

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+
 from velatura.api import Distiller, Loss, Options, Points, Prompt, Requirements, Role, VelaturaError
 from velatura.plugins.objectives.velocity_kl import average, latent_mean, norm_ratio, velocity_kl, weighted_sum, widened
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
+
 from velatura.api import GuidancePolicy, NoOptions, Options, Role
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+
 from velatura.api import Loss, Options, Points, PolicyObjective, Requirements, Role
 from velatura.plugins.objectives.velocity_kl import average, flow_target, norm_ratio, velocity_kl, weighted_sum, widened
 

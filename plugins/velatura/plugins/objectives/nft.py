@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
+
 from velatura.api import Loss, Options, Points, PolicyObjective, Requirements, Role
 from velatura.plugins.objectives.velocity_kl import (
     average,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor
+
 from velatura.api import Loss, NoOptions, Points, PolicyObjective, Requirements, Role
 from velatura.plugins.objectives.velocity_kl import average, flow_target, norm_ratio, velocity_kl, weighted_sum
 

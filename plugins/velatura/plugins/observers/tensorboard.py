@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pydantic import Field
+
 from velatura.api import CheckpointSaved, Observer, Options, RunEnd, RunStart, StepEnd
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
+
 from velatura.api import Context, Options, Prompt, Task, VelaturaError
 from velatura.core.errors import suggest
 

@@ -1,0 +1,150 @@
+"""Write docs/recipes.md from the classes that read recipes: python docs/generate_reference.py [--check]."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from velatura.core.cli import show
+from velatura.core.components import CONTRACTS
+from velatura.core.recipe import SLOTS, STAGE_CLASSES, Recipe
+from velatura.core.registry import ComponentInfo, Registry
+from velatura.core.settings import Engine, Optimizer, Ref, RewardRef, Sampling, Settings
+
+PAGE = Path(__file__).with_name("recipes.md")
+SETTINGS: Mapping[str, type[Settings]] = {"engine": Engine, "sampling": Sampling, "optimizer": Optimizer}
+"""Fields that hold settings of their own."""
+LISTS = ("rewards", "evaluators", "observers")
+"""Slots that hold several components."""
+
+HEAD = """\
+# Recipes: every field, every component
+
+<!-- Written by docs/generate_reference.py from the code; change the descriptions there, then run it again. -->
+
+A recipe is one YAML file: a few settings for the run, and `stages` by name. Slots and settings that stand at the top
+are the default of every stage that has them; a stage that gives its own replaces a slot as a whole, and `sampling` and
+`optimizer` field by field. Unknown keys are errors. `velatura check RECIPE` finds mistakes without running anything,
+`velatura schema` prints the JSON Schema for an editor, and any value can be set on the command line:
+
+```sh
+velatura check recipes/tinyworld.yaml stages.student.steps=120 sampling.steps=12
+```
+
+A component is named with `use`, its options are given in `with`. `{use: nft}` and `nft` mean the same.
+
+```yaml
+# fragment
+stages:
+  teacher_t2i:
+    objective: {use: nft, with: {beta: 0.5}}
+    timesteps: uniform
+```
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD, "## The recipe\n", table(Recipe)]
+    for name, settings in SETTINGS.items():
+        parts += [f"## `{name}`\n", lead(settings), table(settings)]
+    parts += ["## References\n", reference_text()]
+    for name, stage in STAGE_CLASSES.items():
+        parts += [f"## `stage: {name}`\n", lead(stage), table(stage)]
+    parts += ["## Components\n", "What `velatura plugins list` shows, with every option.\n", *components()]
+    return "\n".join(parts)
+
+
+def lead(cls: type[Any]) -> str:
+    """The first line of a class's documentation."""
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0] + "\n"
+
+
+def reference_text() -> str:
+    """What may stand in a slot."""
+    return (
+        "What stands in a slot. A reward has three fields more than other components.\n\n"
+        + table(Ref)
+        + "\n"
+        + table(RewardRef, leave_out=tuple(Ref.model_fields))
+    )
+
+
+def table(cls: type[Any], leave_out: tuple[str, ...] = ("stage",)) -> str:
+    """A row for every field."""
+    rows = ["| field | type | default | what it is |", "|---|---|---|---|"]
+    for name, field in cls.model_fields.items():
+        if name not in leave_out:
+            slot = name in SLOTS and issubclass(cls, Settings)
+            kind = slot_type(name) if slot else type_of(name, field)
+            about = lead(CONTRACTS[SLOTS[name]]).strip() if slot else meaning(name)
+            cells = [f"`{field.alias or name}`", kind, default_of(field), field.description or about]
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def slot_type(name: str) -> str:
+    """What stands in a slot."""
+    link = f"[{SLOTS[name]}](#{SLOTS[name]})"
+    return {"tasks": f"route: {link}"}.get(name, f"list of {link}" if name in LISTS else link)
+
+
+def type_of(name: str, field: FieldInfo) -> str:
+    """In a person's words."""
+    if name in SETTINGS:
+        return f"[{name}](#{name})"
+    if name == "stages":
+        return "name: stage"
+    return f"`{show._type(field)}`".replace(" | ", " or ").replace("None", "null")
+
+
+def default_of(field: FieldInfo) -> str:
+    """What holds when the field is left out."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Ref):
+        return f"`{value.use}`"
+    if isinstance(value, Settings):
+        return "its defaults"
+    return "none" if value is None or value in ([], {}, "") else f"`{show._default(field)}`"
+
+
+def meaning(name: str) -> str:
+    """What a field without a description is."""
+    return f"See [{name}](#{name})." if name in SETTINGS else ""
+
+
+def components() -> Iterator[str]:
+    """Every installed component of this distribution, kind by kind."""
+    registry = Registry.discover()
+    infos = [info for info in registry.list() if info.distribution == "velatura"]
+    for kind, contract in CONTRACTS.items():
+        yield f"### {kind}\n\n{lead(contract)}"
+        for info in infos:
+            if info.kind == kind:
+                yield component(info, registry)
+
+
+def component(info: ComponentInfo, registry: Registry) -> str:
+    """One component: its sentence and its options."""
+    options = registry.get(info.kind, info.name).options_class
+    text = f"#### `{info.name}`\n\n{info.summary}\n"
+    return f"{text}\n{table(options, leave_out=())}" if options.model_fields else f"{text}\nNo options.\n"
+
+
+def main() -> int:
+    """Write the page, or say whether it is current."""
+    if "--check" in sys.argv[1:]:
+        return int(PAGE.read_text() != page())
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
