@@ -188,13 +188,13 @@ class Floor:
             )
         v = self.adapter.velocity(self.net, x, t, self.adapter.prepare(self.net, cond), rows)
         r = (advantage[samples] / (2 * LONGEST) + 0.5).clamp(0, 1)
-        policy = 0.0
+        policy = torch.zeros(len(t))
         for weight, implied in ((r, v_old + BETA * (v - v_old)), (1 - r, v_old - BETA * (v - v_old))):
             error = share * (implied - target)
             size = error.detach().abs().flatten(1).double().mean(1).clamp_min(1e-5).float()
             policy = policy + weight * error.square().flatten(1).mean(1) / size * LONGEST / BETA
         loss = (policy + KL * (v - v_ref).square().flatten(1).mean(1)).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
@@ -312,14 +312,15 @@ def measure(size: Size, engine: str, rewards: str, weights: Path, folder: Path) 
     path.write_text(yaml.safe_dump(recipe_of(size, engine, rewards, weights)))
     recipe, registry = load_recipe(path), Registry.discover()
     registry.add(Plugin, "bench")
+    config: Any = recipe.stage("teacher")
     stage = StageRun(
-        name="teacher", config=recipe.stage("teacher"), recipe=recipe, registry=registry,
+        name="teacher", config=config, recipe=recipe, registry=registry,
         folder=folder / engine / "teacher", run_folder=folder / engine, seed=0, device=torch.device("cpu"), base=folder,
     )  # fmt: skip
     stage.folder.mkdir(parents=True)
     adapter = stage.adapter()
     in_turn = InTurn(Floor(adapter, stage.task_of("teacher").prompts("train"), size))
-    stage.observers += [stage.build("observer", ref, "observers") for ref in recipe.stage("teacher").observers]
+    stage.observers += [stage.build("observer", ref, "observers") for ref in config.observers]
     stage.observers.append(in_turn)
     rl.run(stage)
     ours, floor = in_turn.framework_calls.seen, in_turn.floor_calls.seen

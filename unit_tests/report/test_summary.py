@@ -94,7 +94,7 @@ def test_a_model_that_was_never_paired_has_no_difference(tmp_path: Path):
 
 
 def test_an_unknown_baseline_is_answered_with_the_nearest(run_folder: Path):
-    with pytest.raises(VelaturaError, match="baseline 'bas' was not evaluated. Did you mean 'base'"):
+    with pytest.raises(VelaturaError, match=r"baseline 'bas' was not evaluated\. Did you mean 'base'"):
         summarise(run_folder / "compare", "bas", bootstrap=50, seed=0)
 
 

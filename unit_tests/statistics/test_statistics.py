@@ -149,6 +149,15 @@ def test_a_share_of_a_gain_that_may_be_nothing_is_not_meaningful():
     assert math.isnan(found.low)
 
 
+def test_a_teacher_whose_gain_vanishes_in_some_resamples_gives_no_warning():
+    gain = np.array([2, 0, 2, 1, 2, 1, 0, 1, 2, 2, 0, 1, 2, 0, 1, 0, 0, 0, 2, -1]) / 4
+    taught = np.array([2, -1, -1, 0, 3, 2, 0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 0, 2, -1]) / 4
+    prompts = [str(i) for i in range(20)]
+    for seed in range(20):
+        found = retained(gain, np.zeros(20), taught, prompts, bootstrap=400, seed=seed)
+        assert found.is_meaningful == (found.low <= found.ratio <= found.high)
+
+
 def test_clustered_intervals_cover_and_naive_ones_do_not():
     """60 prompts x 4 seeds, intraclass correlation 0.5: the variance of the mean is 2.5 times the naive one."""
     rng, trials = np.random.default_rng(11), 300

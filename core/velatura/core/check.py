@@ -68,7 +68,8 @@ def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None
             f"a stochastic kernel, or an objective that re-noises finished samples, such as 'nft'."
         )
     if not any(ref.weight > 0 or any(w > 0 for w in ref.weight_by_category.values()) for ref in stage.rewards):
-        raise RecipeError(f"{recipe.at(('stages', name, 'rewards'))}: every weight is 0, so there is nothing to learn from. Give one a weight.")
+        place = recipe.at(("stages", name, "rewards"))
+        raise RecipeError(f"{place}: every weight is 0, so there is nothing to learn from. Give one a weight.")
 
 
 def _scale(registry: Registry, ref: Any, role: Role, at: str) -> float:

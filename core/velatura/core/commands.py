@@ -93,6 +93,7 @@ def export_run(folder: Path, target: Path, stage: str | None = None) -> Path:
     adapter.export(policy.net, target, info={
         "stage": source, "guidance_scale": facts.get("guidance_scale"),
         "guidance_folded": facts.get("folded", False), "folded_scale": facts.get("folded_scale"),
+        **({"steps": run.config.sampling.steps} if hasattr(run.config, "sampling") else {}),
     })  # fmt: skip
     return target
 

@@ -77,7 +77,7 @@ class Learner:
     def velocities(self, batch: MicroBatch, tally: Tally) -> dict[Role, Tensor]:
         """[N ...] per role; equal weights under equal guidance are evaluated once."""
         roles = self.objective.roles()
-        cond = self.adapter.encode(batch.prompts)
+        cond = self.adapter.encode(batch.prompts).to(self.engine.device)
         result: dict[Role, Tensor] = {}
         others = [role for role in (Role.OLD, Role.REFERENCE, Role.TEACHER) if role in roles]
         for role in others:
@@ -103,7 +103,7 @@ class Learner:
         points, scale = batch.points, self.guidance.scale(role, batch.points.t)
         null = None
         if bool((scale != 1).any()):
-            null = self.adapter.prepare(net, self.adapter.null(batch.prompts))
+            null = self.adapter.prepare(net, self.adapter.null(batch.prompts).to(self.engine.device))
         return guided_velocity(
             net, self.adapter, self.guidance, points.x, points.t, self.adapter.prepare(net, cond), null, batch.rows,
             role=role, limit=2 * len(points.x),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from rich.console import Console
 from velatura.core import __version__
 from velatura.core.build import open_registry, resolve_options
 from velatura.core.checkpoint import write_json_atomic, write_text_atomic
-from velatura.core.errors import RecipeError
+from velatura.core.errors import RecipeError, VelaturaError
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
 from velatura.core.settings import ExportStage
@@ -76,12 +77,19 @@ def run_pipeline(
     from velatura.core.check import check_combinations
 
     plan = plan_run(recipe_path, overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise VelaturaError(
+            "this version runs a recipe in one process, but WORLD_SIZE is above 1: every process would do all the "
+            "work. Start it with plain `velatura run`."
+        )
     for warning in check_combinations(plan.recipe, plan.registry):
         logger.warning(warning)
-    _claim(plan, recipe_path, overrides, fresh=fresh)
     order = [name for name in plan.recipe.order() if only is None or name == only]
     if only is not None and not order:
         raise RecipeError(f"the recipe has no stage '{only}'. There is: {', '.join(plan.recipe.order())}.")
+    _claim(plan, recipe_path, overrides)
+    if fresh:
+        _put_aside(plan.folder, [name for name in order if (plan.folder / name).exists()])
     for number, name in enumerate(order, start=1):
         _run_stage(plan, name, console, label=f"{number}/{len(order)}")
     return plan.folder
@@ -96,15 +104,24 @@ def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
     inputs["velatura"] = content_hash(__version__)
     for dependency in recipe.dependencies(name):
         inputs[f"result of {dependency}"] = result_hash(plan.folder / dependency)
+    inputs["prompts"] = content_hash(_tasks(plan, name))
+    used = {plan.registry.info(kind, ref.use).distribution for at, kind, ref in recipe.references() if at[1] == name}
     for path in recipe.plugins:
-        inputs[f"plugin {path}"] = file_hash(plan.base / path)
+        if str((plan.base / path).resolve()) in used:
+            inputs[f"plugin {path}"] = file_hash(plan.base / path)
     return inputs | file_inputs(plan, name)
+
+
+def _tasks(plan: Plan, name: str) -> dict[str, Any]:
+    """The tasks behind a stage's prompts, its own or those of the stages that chose them."""
+    tasks = plan.recipe.tasks_of(name).items()
+    return {route: ref.model_dump(mode="json", by_alias=True) for route, ref in tasks}
 
 
 def file_inputs(plan: Plan, name: str) -> dict[str, str]:
     """Content of the files that a stage's options name, and of the weights its adapter starts from."""
     stage, config = plan.resolved["stages"][name], plan.recipe.stage(name)
-    named = {text for text in _texts(stage) if (plan.base / text).is_file()}
+    named = {text for text in _texts([stage, _tasks(plan, name)]) if (plan.base / text).is_file()}
     if not isinstance(config, ExportStage):
         from velatura.core.check import set_up
 
@@ -138,7 +155,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, fresh: bool) -> None:
+def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str]) -> None:
     """Make the run folder this recipe's own, or say whose it is."""
     from velatura.core.check import used_components
 
@@ -150,8 +167,6 @@ def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, fresh: bo
                 f"{folder} belongs to recipe '{owner}', not to '{recipe_path.stem}'. Choose another folder: "
                 f"velatura run {recipe_path} output=runs/{recipe_path.stem}"
             )
-        if fresh:
-            _put_aside(folder, [name for name in plan.recipe.order() if (folder / name).exists()])
     elif folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"{folder} exists, is not empty, and is not a run of Velatura. Choose another `output`.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +202,7 @@ def environment(base: Path) -> dict[str, Any]:
 
 def _put_aside(folder: Path, stages: Sequence[str]) -> None:
     for name in stages:
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S.%f")
         target = folder / "replaced" / f"{name}-{stamp}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder / name, target)

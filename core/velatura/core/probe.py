@@ -61,7 +61,7 @@ def probe_error(learner: Learner, probe: Probe) -> float:
     """Mean squared difference of the student's conditional velocity and the teacher's guided one."""
     total, count = 0.0, 0
     for batch, target in zip(probe.batches, probe.targets, strict=True):
-        cond = learner.adapter.encode(batch.prompts)
+        cond = learner.adapter.encode(batch.prompts).to(learner.engine.device)
         with learner.policy.wearing("current") as net:
             own = learner.adapter.velocity(
                 net, batch.points.x, batch.points.t, learner.adapter.prepare(net, cond), batch.rows

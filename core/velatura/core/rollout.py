@@ -23,7 +23,7 @@ class Sampler:
     steps: int
     """Solver steps K."""
     batch: int
-    """Most samples at once; both branches of guidance share a forward when twice the samples fit."""
+    """Most transformer rows in one forward; a guided sample has two, which go through together."""
     role: Role = Role.ROLLOUT
 
     def needs_null(self, times: Tensor) -> bool:
@@ -77,11 +77,13 @@ def rollout(
     Row b depends on its prompt and its seed alone, up to the rounding of batched arithmetic.
     """
     group = max(len(own) for own in seeds)
-    null_of: dict[object, Conditioning] = {}
-    for piece in by_layout(prompts, range(len(prompts)), max(1, sampler.batch // group)):
+    branches = 2 if sampler.needs_null(sampler.adapter.times(sampler.steps, prompts[0])) else 1
+    device = next(net.parameters()).device
+    null_of: dict[str, Conditioning] = {}
+    for piece in by_layout(prompts, range(len(prompts)), max(1, sampler.batch // (branches * group))):
         own = [prompts[row] for row in piece]
         with torch.no_grad():
-            cond = sampler.adapter.prepare(net, sampler.adapter.encode(own))
+            cond = sampler.adapter.prepare(net, sampler.adapter.encode(own).to(device))
             null = _null(net, sampler, own, null_of)
             rows = torch.tensor([i for i, row in enumerate(piece) for _ in seeds[row]])
             flat = [seed for row in piece for seed in seeds[row]]
@@ -89,18 +91,17 @@ def rollout(
 
 
 def _null(
-    net: nn.Module, sampler: Sampler, prompts: Sequence[Prompt], known: dict[object, Conditioning]
+    net: nn.Module, sampler: Sampler, prompts: Sequence[Prompt], known: dict[str, Conditioning]
 ) -> Conditioning | None:
     """The prepared unconditional branch; for prompts without sources it is the same for all, and made once."""
     if not sampler.needs_null(sampler.adapter.times(sampler.steps, prompts[0])):
         return None
-    key = (layout(prompts[0]), len(prompts))
-    if not prompts[0].sources and key in known:
-        return known[key]
-    null = sampler.adapter.prepare(net, sampler.adapter.null(prompts))
-    if not prompts[0].sources:
-        known[key] = null
-    return null
+    device = next(net.parameters()).device
+    if prompts[0].sources:
+        return sampler.adapter.prepare(net, sampler.adapter.null(prompts).to(device))
+    if "null" not in known:
+        known["null"] = sampler.adapter.prepare(net, sampler.adapter.null(prompts[:1]).to(device))
+    return known["null"].select(torch.zeros(len(prompts), dtype=torch.int64, device=device))
 
 
 def _integrate(
@@ -118,7 +119,7 @@ def _integrate(
 ) -> Chunk:
     adapter = sampler.adapter
     times = adapter.times(sampler.steps, prompts[0])
-    x = adapter.noise([prompts[row] for row in rows.tolist()], seeds)
+    x = adapter.noise([prompts[row] for row in rows.tolist()], seeds).to(next(net.parameters()).device)
     times, rows_on = times.to(x.device), rows.to(x.device)
     states, network_rows = [x], 0
     for k in range(sampler.steps):

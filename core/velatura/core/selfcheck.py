@@ -35,7 +35,7 @@ def self_check(learner: Learner, batch: MicroBatch) -> None:
 
 
 def _check_roles(learner: Learner, batch: MicroBatch) -> None:
-    cond = learner.adapter.encode(batch.prompts)
+    cond = learner.adapter.encode(batch.prompts).to(learner.engine.device)
     points = batch.points
 
     def velocity(name: str) -> torch.Tensor:

@@ -66,12 +66,18 @@ class Engine(Settings):
 
     kind: Literal["deepspeed", "local"] = Field("deepspeed", description="`local` is plain torch in one process.")
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)] = Field(
-        1, description="What DeepSpeed spreads over processes: 1 optimiser states, 2 also gradients, 3 also weights."
+        1, description="What DeepSpeed spreads over processes: 1 optimiser states, 2 also gradients."
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the network; latents and losses stay fp32.")
     threads: Count | None = Field(None, description="CPU threads per process; torch decides when left out.")
     device: str = Field("auto", description="`auto` takes the GPU when there is one; or `cpu`, `cuda`.")
     raw: dict[str, Any] = Field(default_factory=dict, description="Merged into the DeepSpeed configuration as it is.")
+
+    @model_validator(mode="after")
+    def _shards_weights(self) -> Engine:
+        if self.zero_stage == 3:
+            raise ValueError("zero_stage 3 (sharded weights) is not supported yet. Use 1 or 2")
+        return self
 
     @model_validator(mode="after")
     def _bf16_needs_zero(self) -> Engine:
@@ -99,7 +105,7 @@ class Sampling(Settings):
     """How pictures are made."""
 
     steps: Count = Field(40, description="Steps of the solver.")
-    batch: Count = Field(64, description="Most samples in one forward of a rollout.")
+    batch: Count = Field(64, description="Most transformer rows in one forward of a rollout; a guided sample has two.")
 
 
 def _group_of(value: int, why: str) -> int:
@@ -149,7 +155,7 @@ class RLStage(Settings):
     observers: list[Ref] = Field(default_factory=list)
     init: str = Field("base", description="The model to start from: `base` or a stage.")
     steps: Count = Field(100, description="Rounds of sampling and learning.")
-    prompts_per_step: Count = Field(16, description="Prompts in a round, over all processes.")
+    prompts_per_step: Count = Field(16, description="Prompts in a round.")
     group_size: Annotated[int, Field(strict=True)] = Field(16, description="Samples per prompt.")
     updates_per_step: Count = Field(1, description="Optimiser steps on the samples of a round.")
     micro_batch: Count = Field(256, description="State points in one forward of an update.")
@@ -188,7 +194,7 @@ class DistillStage(Settings):
     observers: list[Ref] = Field(default_factory=list)
     init: str = Field("base", description="The model to start from: `base` or a stage.")
     steps: Count = Field(100, description="Rounds of sampling and learning.")
-    prompts_per_step: Count = Field(16, description="Prompts in a round, over all processes.")
+    prompts_per_step: Count = Field(16, description="Prompts in a round.")
     micro_batch: Count = Field(256, description="State points in one forward of an update.")
     checkpoint_every: Count = Field(10, description="Steps between checkpoints.")
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
@@ -214,7 +220,7 @@ class SupervisedStage(Settings):
     observers: list[Ref] = Field(default_factory=list)
     init: str = Field("base", description="The model to start from: `base` or a stage.")
     steps: Count = Field(1000, description="Optimiser steps.")
-    batch: Count = Field(256, description="Pictures in a step, over all processes.")
+    batch: Count = Field(256, description="Pictures in a step.")
     ema: Share = Field(0.999, description="Decay of the averaged weights, which are the result; 0 averages nothing.")
     logit_mean: Real = Field(0.0, description="Times are drawn as sigmoid(normal(logit_mean, logit_std)).")
     logit_std: Positive = Field(1.0, description="See `logit_mean`.")

@@ -24,6 +24,8 @@ EXACT_PROMPTS = 13
 """Up to so many non-zero differences all sign patterns (2^13 = 8192) are visited; beyond, `FLIPS` are drawn."""
 FLIPS = 9_999
 """Random sign patterns. The smallest p value they can show is 1 / (FLIPS + 1) = 0.0001."""
+UNDEFINED = 0.01
+"""Share of resamples without a positive denominator up to which a ratio still has an interval."""
 BLOCK = 4_000_000
 """Elements of the largest temporary array."""
 
@@ -129,8 +131,9 @@ def retained(
 ) -> Retained:
     """The student's share of the teacher's gain, prompts resampled for all three together.
 
-    The interval is the percentile one: the ratio has no finite variance when the denominator may be 0, and then
-    `is_meaningful` is false and the ends are NaN.
+    The interval is the percentile one. A ratio has no interval where its denominator may be 0: when the teacher's own
+    interval reaches 0, or more than 1 % of the resamples give the teacher no gain, `is_meaningful` is false and the
+    ends are NaN. The fewer such resamples that remain are set aside.
     """
     known, ids = _known([_floats(student), _floats(base), _floats(teacher)], prompts)
     s, b, t = _by_prompt(known, ids)
@@ -138,15 +141,16 @@ def retained(
     low_taught, _ = mean_interval(taught, bootstrap=bootstrap, seed=seed)
     student_gain = float(gain.mean()) if len(gain) else math.nan
     teacher_gain = float(taught.mean()) if len(gain) else math.nan
-    is_meaningful = bool(low_taught > 0)
-    low, high = _ratio_interval(gain, taught, bootstrap=bootstrap, seed=seed) if is_meaningful else (math.nan,) * 2
+    low, high = math.nan, math.nan
+    if low_taught > 0:
+        low, high = _ratio_interval(gain, taught, bootstrap=bootstrap, seed=seed)
     return Retained(
         ratio=student_gain / teacher_gain if teacher_gain else math.nan,
         low=low,
         high=high,
         student_gain=student_gain,
         teacher_gain=teacher_gain,
-        is_meaningful=is_meaningful,
+        is_meaningful=math.isfinite(low),
         n_prompts=len(gain),
     )
 
@@ -247,10 +251,16 @@ def _bootstrap(values: Floats, method: str, resamples: int, seed: int) -> tuple[
 
 
 def _ratio_interval(gain: Floats, taught: Floats, *, bootstrap: int, seed: int) -> tuple[float, float]:
+    """Percentile interval of mean(gain) / mean(taught); NaN where too many resamples have no positive denominator."""
     rng, n = np.random.default_rng(seed), len(gain)
     ratios, block = [], max(1, BLOCK // n)
     for first in range(0, bootstrap, block):
         rows = rng.integers(0, n, size=(min(block, bootstrap - first), n))
-        ratios.append(gain[rows].mean(axis=1) / taught[rows].mean(axis=1))
-    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
+        above, below = gain[rows].mean(axis=1), taught[rows].mean(axis=1)
+        usable = below > 0
+        ratios.append(above[usable] / below[usable])
+    found = np.concatenate(ratios)
+    if len(found) < (1 - UNDEFINED) * bootstrap:
+        return math.nan, math.nan
+    low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)

@@ -189,7 +189,7 @@ def _load(path: Path, notes: list[str]) -> dict[str, Picture]:
         notes.append(f"{'/'.join(path.parts[-3:])} is missing: no pictures of it are shown.")
         return {}
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except (OSError, ValueError, BadZipFile) as error:
         notes.append(f"{'/'.join(path.parts[-3:])} cannot be read: {error}.")

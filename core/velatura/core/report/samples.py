@@ -26,6 +26,8 @@ class Measured:
     """One model on one route; all sequences have one entry per picture, in the order of the stored images."""
 
     prompt_ids: tuple[str, ...]
+    units: tuple[str, ...]
+    """What is resampled: prompts that ask for the same thing (same text, same sources) are one unit."""
     seeds: tuple[int, ...]
     categories: tuple[str, ...]
     texts: tuple[str, ...]
@@ -81,7 +83,8 @@ def read_evaluation(folder: Path) -> Evaluation:
     missing = [name for name in DESCRIPTION if name not in table.column_names]
     if missing:
         raise VelaturaError(f"{path} has no column '{missing[0]}'. Run the evaluation again.")
-    text = {name: table.column(name).to_pylist() for name in DESCRIPTION}
+    described = [name for name in (*DESCRIPTION, "unit") if name in table.column_names]
+    text = {name: table.column(name).to_pylist() for name in described}
     numbers = {
         name: np.asarray(table.column(name).to_numpy(), dtype=np.float64)
         for name in table.column_names
@@ -111,6 +114,7 @@ def _measured(rows: list[int], text: Mapping[str, list[object]], numbers: Mappin
 
     return Measured(
         prompt_ids=strings("prompt_id"),
+        units=strings("unit" if "unit" in text else "prompt_id"),
         seeds=tuple(int(seed) for seed in strings("seed")),
         categories=strings("category"),
         texts=strings("text"),

@@ -78,7 +78,7 @@ def _route(
     }
     _correct([cells[model][metric]["overall"] for model in cells if model != baseline for metric in headline])
     first = next(iter(models.values()))
-    prompts = len(set(first.prompt_ids))
+    prompts = len(set(first.units))
     return {
         "metrics": metrics,
         "headline": headline,
@@ -106,7 +106,7 @@ def _cells(
 
 def _cell(own: Measured, base: Measured | None, metric: str, rows: Rows, draws: Draws) -> dict[str, Any]:
     """Mean with interval, and the difference to the baseline on shared prompts and seeds."""
-    prompts = [own.prompt_ids[row] for row in rows]
+    prompts = [own.units[row] for row in rows]
     mean = estimate(own.metrics[metric][rows], prompts, bootstrap=draws.bootstrap, seed=draws.seed)
     facts: dict[str, Any] = {
         "mean": mean.value,
@@ -121,7 +121,7 @@ def _cell(own: Measured, base: Measured | None, metric: str, rows: Rows, draws: 
         chosen = np.isin(mine, rows)
         mine, theirs = mine[chosen], theirs[chosen]
         found = paired(
-            own.metrics[metric][mine], base.metrics[metric][theirs], [own.prompt_ids[row] for row in mine],
+            own.metrics[metric][mine], base.metrics[metric][theirs], [own.units[row] for row in mine],
             bootstrap=draws.bootstrap, seed=draws.seed,
         )  # fmt: skip
         facts |= {
@@ -168,7 +168,7 @@ def _share(own: Measured, base: Measured, taught: Measured, metric: str, draws: 
         [known.get(key, nan) for key in zip(own.prompt_ids, own.seeds, strict=True)] for known in keys
     )
     share = retained(
-        own.metrics[metric], of_base, of_teacher, own.prompt_ids, bootstrap=draws.bootstrap, seed=draws.seed
+        own.metrics[metric], of_base, of_teacher, own.units, bootstrap=draws.bootstrap, seed=draws.seed
     )
     return {name: _plain(getattr(share, name)) for name in share.__slots__}
 

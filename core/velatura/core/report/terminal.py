@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from velatura.core.report.wording import direction, metric_name, percent, sentences, signed
+from velatura.core.report.wording import NO_BREAK, direction, metric_name, percent, sentences, signed
 
 WIDE = 4
 """Metrics a table of 100 columns has room for; the others are in the report."""
@@ -21,8 +22,11 @@ def summary_table(summary: Mapping[str, Any]) -> Group:
     for route, facts in summary["routes"].items():
         if facts["headline"]:
             parts.append(_route_table(route, facts, summary["baseline"]))
+    said = Table.grid(padding=(0, 1))
     for sentence in sentences(summary):
-        parts.append(Text("  " + sentence.text, style=_STYLE[sentence.tone]))
+        if sentence.subject != "rest":  # the table shows it
+            said.add_row(Text("●", style=_STYLE[sentence.tone]), Text(sentence.text.replace(NO_BREAK, " ")))
+    parts += [said, Text("")]
     return Group(*parts)
 
 
@@ -32,15 +36,17 @@ _STYLE = {"good": "green", "bad": "red", "open": "yellow"}
 def _route_table(route: str, facts: Mapping[str, Any], baseline: str) -> Table:
     metrics = facts["headline"][:WIDE]
     title = f"{route} · {facts['n_prompts']} prompts x {facts['seeds_per_prompt']:g} seeds"
-    caption = f"mean, difference to {baseline}, [95 % interval over prompts]; * p < 0.05 after Holm correction"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", pad_edge=False)
+    caption = f"mean, difference to {baseline}, 95 % interval over prompts; * p < 0.05 after Holm correction"
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", pad_edge=False, box=SIMPLE_HEAD,
+    )  # fmt: skip
     table.add_column("model", no_wrap=True, max_width=14)
     for metric in metrics:
         table.add_column(metric_name(metric), justify="right", no_wrap=True, max_width=17)
     for model, own in facts["models"].items():
         share = facts["retained"].get(model)
         row = [_cell(own[metric]["overall"], share and share["metrics"][metric]) for metric in metrics]
-        table.add_row(model, *row, end_section=True)
+        table.add_row(model, *row)
     return table
 
 

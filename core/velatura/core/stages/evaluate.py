@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ def _columns(
         "route": [route] * len(samples),
         "category": [s.prompt.category for s in samples],
         "prompt_id": [s.prompt.id for s in samples],
+        "unit": [unit_of(s.prompt) for s in samples],
         "text": [s.prompt.text for s in samples],
         "seed": [s.seed for s in samples],
     }
@@ -143,6 +145,14 @@ def _columns(
                 float(v) if ok else None for v, ok in zip(report.scores[:, r].tolist(), valid, strict=True)
             ]
     return columns
+
+
+def unit_of(prompt: Prompt) -> str:
+    """Prompts that ask for the same thing are one statistical unit, however often the task repeats them."""
+    digest = hashlib.sha256(prompt.text.encode())
+    for source in prompt.sources:
+        digest.update(source.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

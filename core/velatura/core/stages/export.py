@@ -14,7 +14,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     adapter = stage.build("adapter", _trained(stage, source).adapter, "model")
     policy = stage.load_policy(adapter, source)
     facts = manifest_of(stage.run_folder, source)["result"]
-    info = {
+    info: dict[str, Any] = {
         "made_by": f"velatura {__version__}",
         "stage": source,
         "recipe": stage.run_folder.name,
@@ -22,8 +22,9 @@ def run(stage: StageRun) -> dict[str, Any]:
         "guidance_folded": facts.get("folded", False),
         "folded_scale": facts.get("folded_scale"),
         "teachers": facts.get("teachers"),
-        "steps": _steps(stage, source),
     }
+    steps = _steps(stage, source)
+    info |= {"steps": steps} if steps else {}
     target = stage.folder / "model"
     adapter.export(policy.net, target, info=info)
     return {"folder": str(target), **info}

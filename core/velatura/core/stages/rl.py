@@ -15,6 +15,7 @@ from velatura.core.events import RolloutDone
 from velatura.core.judge import Judge
 from velatura.core.learner import SET_OF, Learner, Tally
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
+from velatura.core.policy import CURRENT
 from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
@@ -101,9 +102,9 @@ class Loop:
         total = Tally()
         shares = [groups[i :: config.updates_per_step] for i in range(config.updates_per_step)]
         filled = [share for share in shares if share]
-        for number, share in enumerate(filled):
+        for share in filled:
             batches = self.micro_batches(index, share, made, advantages.values)
-            if index == 0 and number == 0:
+            if self.learner.policy.same(SET_OF[Role.REFERENCE], CURRENT):  # no weight has moved yet
                 self_check(self.learner, batches[0])
             tally = self.learner.learn(batches)
             for name, value in tally.metrics.items():
