@@ -63,7 +63,7 @@ def workspace(original: tuple[Path, object], tmp_path: Path, monkeypatch: pytest
 
 
 DEMO_ENGINE = ("engine.kind=deepspeed", "engine.zero_stage=1", "stages.teacher_t2i.steps=12",
-               "stages.student.steps=12", "stages.warm.steps=12")  # fmt: skip
+               "stages.student.steps=12")  # fmt: skip
 """The engine of the demo, and enough steps for a process to be killed in the middle of them."""
 
 

@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 
 TINY = Path(__file__).with_name("recipes") / "tiny.yaml"
-KILLED = ("warm", "teacher_t2i", "student")
-"""Supervised training, reinforcement learning, distillation."""
+KILLED = {"warm": (3, 6), "teacher_t2i": (2, 4, 6, 8), "student": (2, 4, 6, 8)}
+"""Supervised training, reinforcement learning, distillation: checkpoints after which there is work left to be cut off."""
 TRAINED = (*KILLED, "teacher_edit")
 
 
 def kill_during(process: subprocess.Popen[str], stage: Path, rng: random.Random) -> str:
-    """SIGKILL once the stage has saved a checkpoint, at some later moment; the checkpoint that was the newest then."""
-    checkpoints = stage / "checkpoints"
+    """SIGKILL at some moment after one of the stage's checkpoints; the checkpoint that was the newest then."""
+    checkpoints, step = stage / "checkpoints", rng.choice(KILLED[stage.name])
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*")):
+    while not any(int(path.name.removeprefix("step-")) >= step for path in checkpoints.glob("step-*")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.25))
+    time.sleep(rng.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (stage / "weights.safetensors").exists(), "the stage was over before the process was killed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from rich.console import Console
 from velatura.core import __version__
 from velatura.core.build import open_registry, resolve_options
 from velatura.core.checkpoint import write_json_atomic, write_text_atomic
-from velatura.core.errors import RecipeError, VelaturaError
+from velatura.core.errors import CheckpointError, RecipeError, VelaturaError
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
 from velatura.core.settings import ExportStage
@@ -167,9 +168,12 @@ def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str]) -> None:
                 f"{folder} belongs to recipe '{owner}', not to '{recipe_path.stem}'. Choose another folder: "
                 f"velatura run {recipe_path} output=runs/{recipe_path.stem}"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"{folder} exists, is not empty, and is not a run of Velatura. Choose another `output`.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"cannot make the run folder {folder}: {error}. Choose another `output`.") from error
     write_json_atomic(marker, {
         "recipe": recipe_path.stem, "path": str(recipe_path.resolve()), "overrides": list(overrides),
     })  # fmt: skip
@@ -218,6 +222,7 @@ def _run_stage(plan: Plan, name: str, console: Console | None, *, label: str) ->
         manifest = json.loads(manifest_path.read_text())
         changed = _difference(manifest["inputs"], inputs)
         if not changed and manifest["status"] == "finished":
+            _require_untouched(folder, manifest)
             logger.info("[{}] {}: finished before and unchanged", label, name)
             return
         if changed:
@@ -242,8 +247,34 @@ def _run_stage(plan: Plan, name: str, console: Console | None, *, label: str) ->
     except BaseException as error:
         ending = {"status": "failed" if isinstance(error, Exception) else "interrupted", "error": str(error)}
         _close(manifest_path, manifest, begin, ending)
+        if _is_full(error):
+            free = shutil.disk_usage(plan.folder).free
+            raise VelaturaError(
+                f"stage '{name}' cannot write below {folder}: {error}. The file system has {free} bytes free. What was "
+                f"saved before is intact; make room and run the same command again."
+            ) from error
         raise
-    _close(manifest_path, manifest, begin, {"status": "finished", "result": result})
+    _close(manifest_path, manifest, begin, {
+        "status": "finished", "result": result, "output": result_hash(folder)
+    })  # fmt: skip
+
+
+def _require_untouched(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """A result that others build on has to be what its stage wrote."""
+    if manifest.get("output", "") != result_hash(folder):
+        names = " or ".join(name for name in RESULTS if (folder / name).exists()) or "what it wrote"
+        raise CheckpointError(
+            f"{folder}: {names} is not what the stage left; it was changed, cut off or removed since. Put it back, or "
+            f"do the stage again: velatura run RECIPE --stage {folder.name} --fresh"
+        )
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether the file system took no more, also where a library wraps that in an error of its own."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, VelaturaError):
+        return False
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _close(path: Path, manifest: Mapping[str, Any], begin: float, ending: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from velatura.core.cli.arguments import Verbs, add_run_folder, new_parser
+from velatura.core.cli.console import say_through
 
 
 def add(name: str, verbs: Verbs) -> None:
@@ -22,5 +23,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from velatura.core.commands import eval_run
 
     console = Console()
+    say_through(console)
     close(eval_run(arguments.run_folder, arguments.models, console=console), console)
     return 0

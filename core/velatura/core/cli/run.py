@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from velatura.core.cli.arguments import Verbs, add_recipe, new_parser
+from velatura.core.cli.console import say_through
 
 
 def add(name: str, verbs: Verbs) -> None:
@@ -30,6 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from velatura.core.pipeline import run_pipeline
 
     console = Console()
+    say_through(console)
     options = {"only": arguments.stage, "fresh": arguments.fresh, "console": console}
     folder = run_pipeline(arguments.recipe, arguments.overrides, **options)
     close(folder, console)

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import torch
 from loguru import logger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from velatura.core.build import build
 from velatura.core.checkpoint import write_text_atomic
@@ -109,7 +111,7 @@ class StageRun:
         policy = Policy(net)
         if source != "base":
             path = weights_of(self.run_folder, source)
-            policy.load(load_file(path), what=str(path))
+            policy.load(read_weights(path), what=str(path))
         return policy
 
     def notify(self, event_name: str, event: object) -> None:
@@ -151,6 +153,21 @@ def weights_of(run_folder: Path, stage: str) -> Path:
     if not path.exists():
         raise CheckpointError(f"stage '{stage}' has no finished weights at {path}. Run it first.")
     return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of finished weights.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not what the stage left ({error}). Put it back, or do the stage again: velatura run RECIPE "
+            f"--stage {path.parent.name} --fresh"
+        ) from error
 
 
 def manifest_of(run_folder: Path, stage: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from velatura.core.components import Distiller, TimestepSampler
@@ -24,7 +23,7 @@ from velatura.core.policy import CURRENT
 from velatura.core.probe import Probe, make_probe, probe_error
 from velatura.core.rollout import Chunk, Sampler, rollout
 from velatura.core.seeds import derive, generator
-from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, weights_of
+from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_weights, weights_of
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
 from velatura.core.types import Prompt, Role
@@ -110,7 +109,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     for name, source in config.teachers.items():
         path = weights_of(stage.run_folder, source)
         training.policy.put(
-            f"teacher/{name}", load_file(path), what=f"stages.{stage.name}.teachers.{name} ({path})",
+            f"teacher/{name}", read_weights(path), what=f"stages.{stage.name}.teachers.{name} ({path})",
             device=torch.device("cpu"),
         )  # fmt: skip
     distiller = stage.build("distiller", config.distiller, "distiller")
