@@ -15,7 +15,7 @@ import pytest
 
 TINY = Path(__file__).with_name("recipes") / "tiny.yaml"
 KILLED = {"warm": (3, 6), "teacher_t2i": (2, 4, 6, 8), "student": (2, 4, 6, 8)}
-"""Supervised training, reinforcement learning, distillation: checkpoints after which there is work left to be cut off."""
+"""Supervised training, reinforcement learning, distillation; and the checkpoints after which there is work left."""
 TRAINED = (*KILLED, "teacher_edit")
 
 
@@ -49,7 +49,7 @@ def killed_run(
         newest = kill_during(start(*deepspeed_arguments, cwd=folder), run / stage, rng)
         assert json.loads((run / stage / "manifest.json").read_text())["status"] == "running"
         assert newest >= "step-000002"
-    return run, velatura(*deepspeed_arguments, cwd=folder).stderr
+    return run, velatura(*deepspeed_arguments, cwd=folder).stdout
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(killed_run: tuple[Path, str]) -> None:

@@ -32,6 +32,8 @@ from velatura.core.settings import ExportStage
 
 RESULTS = ("weights.safetensors", "kept.json", "samples.parquet")
 """Files whose content is a stage's result, for the stages that build on it."""
+WATCHING = ("observers", "checkpoint_every", "keep_checkpoints", "max_failed")
+"""Options of a stage that its result does not depend on."""
 LIBRARIES = ("torch", "diffusers", "deepspeed", "transformers", "numpy", "scipy")
 
 
@@ -99,7 +101,8 @@ def run_pipeline(
 def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
     """What a stage's result depends on, hashed one by one, so that a change can be named."""
     recipe = plan.recipe
-    inputs = {f"option {key}": content_hash(value) for key, value in plan.resolved["stages"][name].items()}
+    options = {key: value for key, value in plan.resolved["stages"][name].items() if key not in WATCHING}
+    inputs = {f"option {key}": content_hash(value) for key, value in options.items()}
     inputs["seed"] = content_hash(recipe.seed)
     inputs["engine"] = content_hash({k: v for k, v in plan.resolved["engine"].items() if k != "threads"})
     inputs["velatura"] = content_hash(__version__)
