@@ -1,6 +1,6 @@
 """Make the README's before/after picture from the evaluation of a run: the same prompts and seeds, base and student.
 
-    python docs/before_after.py runs/tinyworld docs/images/before-after.png
+python docs/before_after.py runs/tinyworld docs/images/before-after.png
 """
 
 from __future__ import annotations

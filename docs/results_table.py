@@ -1,6 +1,6 @@
 """Print the results table of the README from the evaluations of several runs (one per seed).
 
-    python docs/results_table.py runs/seed0 runs/seed1 runs/seed2
+python docs/results_table.py runs/seed0 runs/seed1 runs/seed2
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from velatura.core.errors import RewardError
 from velatura.core.types import Prompt, RewardReport, Sample, Scores, Status
 
 WINDOW = 200
-"""Scores over which the failure rate is measured, at least."""
+"""The failure rate is measured over the latest scores, so many of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

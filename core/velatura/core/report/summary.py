@@ -167,9 +167,7 @@ def _share(own: Measured, base: Measured, taught: Measured, metric: str, draws: 
     of_base, of_teacher = (
         [known.get(key, nan) for key in zip(own.prompt_ids, own.seeds, strict=True)] for known in keys
     )
-    share = retained(
-        own.metrics[metric], of_base, of_teacher, own.units, bootstrap=draws.bootstrap, seed=draws.seed
-    )
+    share = retained(own.metrics[metric], of_base, of_teacher, own.units, bootstrap=draws.bootstrap, seed=draws.seed)
     return {name: _plain(getattr(share, name)) for name in share.__slots__}
 
 
