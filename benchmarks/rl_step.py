@@ -1,6 +1,6 @@
 """What the framework costs: wall time of one step of reinforcement learning over that of bare torch doing the same.
 
-The floor is written here in one go, without any class of the framework but the network and the functions of its
+The floor is written in one go in floor.py, without any class of the framework but the network and the functions of its
 adapter: the same transformer rows in the same batch shapes, the same decodes, as many AdamW steps. It scores nothing;
 its advantages are random. Both run in turn in one process, so that a busy machine slows both alike; the network's
 calls of one step are counted on both sides and have to agree.
@@ -20,8 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import yaml
 from diffusers import QwenImage21Transformer2DModel
+from floor import BETA, KL, LR, SCALE, Floor, Size
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from velatura.api import ModelAdapter, NoOptions, Observer, Prompt, RewardModel, Sample, Scores, StepEnd, hookimpl
+from velatura.api import (
+    NoOptions,
+    Observer,
+    RewardModel,
+    Sample,
+    Scores,
+    StepEnd,
+    hookimpl,
+)
 from velatura.core.build import build
 from velatura.core.recipe import Ref, load_recipe
 from velatura.core.registry import Registry
 from velatura.core.stages import rl
 from velatura.core.stages.common import StageRun
 
-SCALE, LR, KL, BETA, LONGEST = 2.0, 1e-4, 1e-4, 1.0, 5.0
-"""Guidance scale; learning rate; coefficient of the velocity KL; nft's beta; nft's largest advantage."""
 WARM_UP = 3
 """Steps that are not measured: the first checks itself, in the first two old and current policy are equal for a while
 and share a forward, and in the third the calls of the network are counted."""
@@ -59,20 +65,6 @@ SHIPPED = {
     ],
 }
 """The rewards of recipes/tinyworld.yaml."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """How much work a step is."""
-
-    task: str
-    prompts: int
-    group: int
-    solver_steps: int
-    timesteps: int
-    updates: int
-    batch: int
-    repeats: int
 
 
 class Grain(RewardModel[NoOptions]):
@@ -103,104 +95,6 @@ class Clock:
     def since(self) -> tuple[float, float]:
         """Seconds from then to now."""
         return time.perf_counter() - self.wall, time.process_time() - self.cpu
-
-
-# The floor: bare torch from here to the next banner.
-
-
-class Floor:
-    """Three copies of one network, and an optimiser."""
-
-    def __init__(self, adapter: ModelAdapter[Any], prompts: Sequence[Prompt], size: Size) -> None:
-        self.adapter, self.prompts, self.size = adapter, prompts, size
-        self.net = adapter.load(torch.device("cpu"))
-        self.old, self.reference = (deepcopy(self.net).requires_grad_(False) for _ in range(2))
-        self.weights = list(self.net.parameters())
-        self.adam = torch.optim.AdamW(self.weights, lr=LR, weight_decay=0.0, fused=True)
-        self.taken = 0
-
-    def step(self) -> None:
-        """Sample with the old policy, then `updates` steps of nft with a velocity KL."""
-        size, adapter = self.size, self.adapter
-        first = self.taken * size.prompts
-        prompts = [self.prompts[(first + i) % len(self.prompts)] for i in range(size.prompts)]
-        times = adapter.times(size.solver_steps)
-        latents = self.sample(prompts, times)
-        adapter.decode(latents)
-        z = torch.randn(size.prompts, size.group)
-        advantage = ((z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True)).flatten()
-        trained = 1 + torch.randperm(size.solver_steps - 1)[: size.timesteps]
-        for i in range(size.updates):
-            rows = torch.arange(i, size.prompts, size.updates)
-            self.update([prompts[row] for row in rows], rows, latents, advantage, times[trained])
-        with torch.no_grad():
-            for kept, weight in zip(self.old.parameters(), self.weights, strict=True):
-                kept.lerp_(weight, 0.99)
-        self.taken += 1
-
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[Prompt], times: torch.Tensor) -> torch.Tensor:
-        """Euler steps under guidance; each prompt's prefix is computed once. Parts as large as the batch allows."""
-        size, adapter, net = self.size, self.adapter, self.old
-        finished, null = [], None
-        each = max(1, size.batch // size.group)
-        for start in range(0, size.prompts, each):
-            part = list(prompts[start : start + each])
-            cond = adapter.prepare(net, adapter.encode(part))
-            if null is None or size.task == "edit":
-                null = adapter.prepare(net, adapter.null(part))
-            rows = torch.arange(len(part)).repeat_interleave(size.group)
-            x = torch.randn(len(rows), *adapter.noise(part[:1], [0]).shape[1:])
-            joint = cond.join(null) if 2 * len(rows) <= size.batch else None
-            for k in range(size.solver_steps):
-                t = times[k].expand(len(rows))
-                if joint is not None:
-                    both = torch.cat([rows, rows + len(part)])
-                    v, v_null = adapter.velocity(net, torch.cat([x, x]), torch.cat([t, t]), joint, both).chunk(2)
-                else:
-                    v, v_null = (adapter.velocity(net, x, t, branch, rows) for branch in (cond, null))
-                x = x + (times[k + 1] - times[k]) * (v_null + SCALE * (v - v_null))
-            finished.append(x)
-        return torch.cat(finished)
-
-    def update(
-        self,
-        prompts: Sequence[Prompt],
-        groups: torch.Tensor,
-        latents: torch.Tensor,
-        advantage: torch.Tensor,
-        times: torch.Tensor,
-    ) -> None:
-        """One AdamW step on the points of a few groups; noise is shared within a group."""
-        group, count = self.size.group, len(times)
-        samples = (groups[:, None] * group + torch.arange(group)).flatten().repeat_interleave(count)
-        rows = torch.arange(len(groups)).repeat_interleave(group * count)
-        t = times.repeat(len(groups) * group)
-        drawn = torch.randn(len(groups), 1, count, *latents.shape[1:])
-        noise = drawn.expand(-1, group, *drawn.shape[2:]).flatten(0, 2)
-        x0, share = latents[samples], t[:, None, None]
-        x, target = (1 - share) * x0 + share * noise, noise - x0
-        cond = self.adapter.encode(prompts)
-        with torch.no_grad():
-            v_old, v_ref = (
-                self.adapter.velocity(net, x, t, self.adapter.prepare(net, cond), rows)
-                for net in (self.old, self.reference)
-            )
-        v = self.adapter.velocity(self.net, x, t, self.adapter.prepare(self.net, cond), rows)
-        r = (advantage[samples] / (2 * LONGEST) + 0.5).clamp(0, 1)
-        policy = torch.zeros(len(t))
-        for weight, implied in ((r, v_old + BETA * (v - v_old)), (1 - r, v_old - BETA * (v - v_old))):
-            error = share * (implied - target)
-            size = error.detach().abs().flatten(1).double().mean(1).clamp_min(1e-5).float()
-            policy = policy + weight * error.square().flatten(1).mean(1) / size * LONGEST / BETA
-        loss = (policy + KL * (v - v_ref).square().flatten(1).mean(1)).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-
-
-# The framework, and the two in turn.
 
 
 @dataclass(slots=True)
@@ -250,19 +144,13 @@ class InTurn(Observer[NoOptions]):
         self.phases: list[dict[str, float]] = []
         self.framework_calls, self.floor_calls = Calls(), Calls()
         self._mark = Clock()
-        self._counting: Any = None
+        self._counting = ExitStack()
 
     def step_end(self, event: StepEnd) -> None:
         wall, cpu = self._mark.since()
-        if self._counting is not None:
-            self._counting.__exit__(None, None, None)
-            self._counting = None
-        counting = event.step == WARM_UP - 1
+        self._counting.close()
         began = Clock()
-        if counting:
-            with self.floor_calls.counted():
-                self.floor.step()
-        else:
+        with self.floor_calls.counted() if event.step == WARM_UP - 1 else nullcontext():
             self.floor.step()
         floor_wall, floor_cpu = began.since()
         if event.step >= WARM_UP and len(self.pairs) < self.floor.size.repeats:
@@ -270,8 +158,7 @@ class InTurn(Observer[NoOptions]):
             self.pairs.append(Pair(wall=wall, cpu=cpu, floor_wall=floor_wall, floor_cpu=floor_cpu, judge=judge))
             self.phases.append({k: v for k, v in event.metrics.items() if k.startswith("time/")})
         if event.step == WARM_UP - 2:
-            self._counting = self.framework_calls.counted()
-            self._counting.__enter__()
+            self._counting.enter_context(self.framework_calls.counted())
         self._mark = Clock()
 
 
@@ -360,7 +247,8 @@ def summarise(engine: str, rewards: str, in_turn: InTurn) -> dict[str, Any]:
         "framework_wall_s": spread([p.wall for p in pairs]),
         "floor_wall_s": spread([p.floor_wall for p in pairs]),
         "phases_s": {name: statistics.median(p[name] for p in in_turn.phases) for name in in_turn.phases[0]},
-        "network_calls": sum(in_turn.floor_calls.seen.values()),
+        "network_calls": sum(in_turn.framework_calls.seen.values()),
+        "floor_network_calls": sum(in_turn.floor_calls.seen.values()),
         "network_rows": sum(key[0][0] * count for key, count in in_turn.floor_calls.seen.items()),
     }
 
@@ -372,10 +260,11 @@ def show(result: dict[str, Any]) -> None:
         return "{median:.3f} ({low:.3f} to {high:.3f})".format(**result[key])
 
     phases = ", ".join(f"{name[5:-2]} {seconds:.2f}" for name, seconds in result["phases_s"].items())
-    print(f"{result['engine']}, {result['rewards']} rewards: {line('wall_ratio')} x the floor in wall time, "
-          f"{line('cpu_ratio')} in CPU time")  # fmt: skip
-    print(f"  fastest step over fastest floor {result['wall_ratio_of_fastest']:.3f} in wall time, "
-          f"{result['cpu_ratio_of_fastest']:.3f} in CPU time")  # fmt: skip
+    print(
+        f"{result['engine']}, {result['rewards']} rewards: {line('wall_ratio')} x floor, wall; {line('cpu_ratio')} CPU"
+    )
+    fastest = (f"{result[f'{clock}_ratio_of_fastest']:.3f} {clock}" for clock in ("wall", "cpu"))
+    print(f"  fastest step over fastest floor: {', '.join(fastest)}")
     print(f"  without waiting for scores {line('wall_ratio_without_waiting_for_scores')}; "
           f"framework {line('framework_wall_s')} s, floor {line('floor_wall_s')} s")  # fmt: skip
     print(f"  phases, s: {phases}; {result['network_calls']} network calls, {result['network_rows']} rows a step")
@@ -386,13 +275,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engine", choices=["local", "deepspeed", "both"], default="both")
     parser.add_argument("--rewards", choices=["shipped", "free"], default="shipped", help="free: of no cost")
     parser.add_argument("--task", choices=["t2i", "edit"], default="t2i")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--group", type=int, default=16)
-    parser.add_argument("--solver-steps", type=int, default=8)
-    parser.add_argument("--timesteps", type=int, default=2)
-    parser.add_argument("--updates", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=256, help="most samples in one forward of a rollout")
+    counts = {"repeats": 5, "prompts": 16, "group": 16, "solver-steps": 8, "timesteps": 2, "updates": 4}
+    for name, default in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch", type=int, default=256, help="most rows in one forward of a rollout")
     parser.add_argument("--weights", type=Path, help="a checkpoint of the embedded world; fresh and noisy by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     return parser.parse_args()

@@ -75,6 +75,38 @@ def test_the_exported_script_draws_and_edits_what_the_rollout_did_without_velatu
         assert mine.std() > 20
 
 
+def drawn(folder: Path, *arguments: str) -> tuple[str, str]:
+    """What the exported script says, and how many rows its forwards had."""
+    program = (
+        "import runpy, sys\n"
+        "from diffusers import QwenImage21Transformer2DModel as Net\n"
+        "plain, rows = Net.forward, []\n"
+        "def forward(net, x, *rest, **named):\n"
+        "    rows.append(len(x))\n"
+        "    return plain(net, x, *rest, **named)\n"
+        "Net.forward = forward\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "print(rows)\n"
+    )
+    command = [sys.executable, "-c", program, "model/sample.py", "a red circle on white", *arguments]
+    done = subprocess.run(command, cwd=folder, check=True, timeout=120, capture_output=True, text=True)
+    return done.stdout.strip(), done.stderr
+
+
+def test_a_model_with_guidance_folded_in_draws_with_one_branch_and_warns_of_a_second_guidance(tmp_path: Path) -> None:
+    model, net = trained(rank=None)
+    model.export(net, tmp_path / "model", info={"guidance_scale": 1.0, "guidance_folded": True, "steps": 3})
+    rows, said = drawn(tmp_path, "one.png")
+    assert rows == "[1, 1, 1]"
+    assert "warning" not in said
+    rows, said = drawn(tmp_path, "two.png", "--guidance", "2")
+    assert rows == "[2, 2, 2]"
+    assert "warning: guidance is folded into this model; guiding it again at 2 compounds both" in said
+    one, two = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("one", "two"))
+    assert np.abs(one - two).max() > 1
+
+
 def test_an_exported_folder_can_be_loaded_and_trained_on(tmp_path: Path) -> None:
     model, net = trained(rank=2)
     model.export(net, tmp_path / "model", info={})

@@ -37,7 +37,7 @@ def test_one_stage_can_depart_from_the_default(pipeline: str) -> None:
 
 def test_items_of_lists_are_counted_from_zero(pipeline: str) -> None:
     assert load_recipe(pipeline, ["rewards.0.weight=3"]).stage("pick").rewards[0].weight == 3
-    assert load_recipe(pipeline, ["stages.compare.models.0=teacher"]).stage("compare").models[0] == "teacher"
+    assert load_recipe(pipeline, ["stages.compare.models.1=student"]).stage("compare").models[1] == "student"
 
 
 def test_later_overrides_win(pipeline: str) -> None:
@@ -66,3 +66,27 @@ def test_what_is_wrong_with_an_override_is_said(pipeline: str, override: str, co
 def test_an_override_can_make_a_stage(write: Callable[..., str]) -> None:
     name = write("adapter: tiny\nstages:\n  a: {stage: supervised, task: world}\n")
     assert load_recipe(name, ["stages.b={stage: export, model: a}"]).order() == ["a", "b"]
+
+
+def test_an_override_of_an_alias_changes_that_place_alone(write: Callable[..., str]) -> None:
+    name = write("""\
+        adapter: tiny
+        stages:
+          a:
+            stage: curate
+            task: world
+            rewards: &both [{use: good, weight: 1.0}]
+          b: {stage: rl, prompts: a, rewards: *both}
+        """)
+    recipe = load_recipe(name, ["stages.b.rewards.0.weight=0.2"])
+    assert [recipe.stage(stage).rewards[0].weight for stage in "ab"] == [1.0, 0.2]
+    assert load_recipe(name, ["stages.a.rewards.0.weight=0.2"]).stage("b").rewards[0].weight == 1.0
+
+
+def test_an_override_of_a_students_guidance_starts_from_its_own_default(pipeline: str) -> None:
+    top = "guidance={use: rollout-only, with: {scale: 2.0}}"
+    recipe = load_recipe(pipeline, [top, "stages.student.guidance.with.scale=3.0"])
+    assert recipe.stage("student").guidance == Ref(use="teacher-only", with_={"scale": 3.0})
+    assert load_recipe(pipeline, [top, "stages.teacher.guidance.with.scale=3.0"]).stage("teacher").guidance == Ref(
+        use="rollout-only", with_={"scale": 3.0}
+    )

@@ -60,6 +60,15 @@ def test_images_are_read_when_looked_at(write: Write) -> None:
         prompts[0]
 
 
+def test_a_picture_that_ends_early(write: Write) -> None:
+    name = write('{"prompt": "make it blue", "sources": ["red.png"]}\n')
+    Image.effect_noise((32, 32), 60).save("red.png")
+    Path("red.png").write_bytes(Path("red.png").read_bytes()[:300])
+    prompts = task(file=name, task="edit").prompts("train")
+    with pytest.raises(VelaturaError, match=r"red\.png cannot be read: .*truncated.*Put a whole file in its place"):
+        prompts[0]
+
+
 def test_a_part_of_the_prompts_stays_lazy(write: Write) -> None:
     lines = "".join(f'{{"prompt": "{n} foxes"}}\n' for n in range(5))
     prompts = task(file=write(lines)).prompts("train")

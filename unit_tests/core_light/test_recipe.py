@@ -342,3 +342,80 @@ def test_every_key_of_the_schema_is_accepted_by_the_recipe(pipeline: str) -> Non
     schema = recipe_schema()
     assert set(load_recipe(pipeline).model_dump(by_alias=True)) == set(schema["properties"])
     assert schema["additionalProperties"] is False
+
+
+def test_guidance_at_the_top_is_not_that_of_a_distill_stage(pipeline: str) -> None:
+    recipe = load_recipe(pipeline, ["guidance={use: rollout-only, with: {scale: 2.0}}"])
+    for stage in ("pick", "teacher", "compare"):
+        assert recipe.stage(stage).guidance == Ref(use="rollout-only", with_={"scale": 2.0})
+    assert recipe.stage("student").guidance == Ref(use="teacher-only")
+    assert recipe.at(("stages", "student", "guidance")) == "recipe.yaml:13: stages.student.guidance"
+    assert recipe.at(("stages", "teacher", "guidance")) == "command line: guidance"
+
+
+def test_an_anchor_inside_of_itself_is_refused(write: Write) -> None:
+    assert message(write("stages: &a\n  b: *a\n")) == "recipe.yaml: an anchor stands inside of what it names"
+
+
+def test_the_baseline_is_one_of_the_models(pipeline: str) -> None:
+    assert message(pipeline, "stages.compare.models=[teacher, student]") == (
+        "recipe.yaml:16: stages.compare: 'baseline' is 'base', which is not among 'models', so there would be nothing "
+        "to compare with. Add it to 'models', or make one of them the baseline: teacher, student"
+    )
+    kept = load_recipe(pipeline, ["stages.compare.models=[teacher, student]", "stages.compare.baseline=teacher"])
+    assert kept.stage("compare").baseline == "teacher"
+
+
+def test_the_base_cannot_be_exported(pipeline: str) -> None:
+    assert message(pipeline, "stages.out.model=base") == (
+        "command line: stages.out.model: 'base' is what the adapter loads, untrained; a model here is a stage of kind "
+        "rl or distill or supervised. There is: student, teacher."
+    )
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_a_schedule_needs_steps_after_the_warm_up(pipeline: str, stage: str) -> None:
+    few = [f"stages.{stage}.steps=5", f"stages.{stage}.optimizer={{warmup: 5, schedule: cosine}}"]
+    assert message(pipeline, *few).endswith(
+        f"stages.{stage}: optimizer.schedule cosine goes down after the warm-up of 5, but the stage has only 5 "
+        "optimiser steps. Take a smaller warmup, or schedule constant"
+    )
+    assert load_recipe(pipeline, [*few, f"stages.{stage}.steps=6"])
+    assert load_recipe(pipeline, [*few, f"stages.{stage}.optimizer.schedule=constant"])
+
+
+def test_updates_of_a_round_count_as_optimiser_steps(pipeline: str) -> None:
+    few = ["stages.teacher.steps=5", "stages.teacher.optimizer={warmup: 5, schedule: linear}"]
+    assert load_recipe(pipeline, [*few, "stages.teacher.updates_per_step=2"])
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_devices(pipeline: str, device: str) -> None:
+    assert load_recipe(pipeline, [f"engine.device={device}"]).engine.device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU"])
+def test_devices_that_are_none(pipeline: str, device: str) -> None:
+    assert message(pipeline, f"engine.device='{device}'") == (
+        f"command line: engine.device: no device is called '{device}'. Use auto, cpu, cuda or cuda:N, as in cuda:1"
+    )
+
+
+@pytest.mark.parametrize("betas", ["[1, 0.9]", "[0.9, 1.0]"])
+def test_a_mean_that_never_moves_is_refused(pipeline: str, betas: str) -> None:
+    assert "Input should be less than 1 (got 1" in message(pipeline, f"optimizer.betas={betas}")
+
+
+def test_what_a_base_model_learns_from_is_no_test_where_there_are_others(write: Write) -> None:
+    lines = """\
+        adapter: tiny
+        stages:
+          warm: {stage: supervised, task: pictures}
+          judge: {stage: evaluate, models: [base, warm], evaluators: [gold]}
+        """
+    assert load_recipe(write(lines)).tasks_of("judge") == {"warm": Ref(use="pictures")}
+    both = [
+        "stages.pick={stage: curate, task: world, rewards: [good]}",
+        "stages.learn={stage: rl, prompts: pick, rewards: [good]}",
+    ]
+    assert load_recipe("recipe.yaml", both).tasks_of("judge") == {"pick": Ref(use="world")}

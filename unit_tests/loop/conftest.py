@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from velatura.api import GuidancePolicy, Prompt
+from velatura.core.encoding import Encoder
 from velatura.core.engine import EngineConfig, OptimizerConfig, make_engine
 from velatura.core.learner import Learner
 from velatura.core.policy import Policy
@@ -114,6 +115,7 @@ def learner(adapter: TinyWorldAdapter, net: nn.Module) -> Callable[..., Learner]
             adapter=adapter,
             guidance=guidance or NoGuidance(),
             objective=objective or NFT(),
+            encoder=Encoder(adapter, engine.device),
         )
 
     return make

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,13 +189,59 @@ def test_a_gate_that_raises_names_the_reward_and_its_place() -> None:
 
 
 def test_too_many_failures_stop_the_run_and_name_place_reward_and_reason() -> None:
-    with judge(Reward(), Reward(bad(3)), max_failed=0.2) as judging:
-        judging.submit(samples(4))
+    with judge(Reward(), Reward(bad(3)), max_failed=0.05) as judging:
+        judging.submit(samples(12))
         with pytest.raises(RewardError) as caught:
-            judging.report(prompts_of(samples(4)))
-    assert str(caught.value).startswith("stages.a.rewards.1: reward 'r1' gave no score for 1 of its last 4 samples")
-    assert "budget `max_failed` is 20%" in str(caught.value)
+            judging.report(prompts_of(samples(12)))
+    assert str(caught.value).startswith("stages.a.rewards.1: reward 'r1' gave no score for 1 of its last 12 samples")
+    assert "budget `max_failed` is 5%" in str(caught.value)
     assert "RuntimeError: the model server is down" in str(caught.value)
+
+
+def test_a_hiccup_among_a_few_scores_stops_nothing_but_a_dead_reward_does() -> None:
+    with judge(Reward(bad(3)), max_failed=0.05) as judging:
+        judging.submit(samples(4))
+        assert judging.report(prompts_of(samples(4))).valid.sum() == 3
+    with judge(Reward(raises), max_failed=0.05) as judging:
+        judging.submit(samples(4))
+        with pytest.raises(RewardError, match="4 of its last 4"):
+            judging.report(prompts_of(samples(4)))
+
+
+def test_every_score_of_a_large_report_counts() -> None:
+    with judge(Reward(lambda s: raises(s) if s[0].seed < 80 else by_seed(s), scope="group"), max_failed=0.1) as judging:
+        judging.submit(samples(300)[:80])
+        judging.submit(samples(300)[80:])
+        with pytest.raises(RewardError, match="80 of its last 300"):
+            judging.report(prompts_of(samples(300)))
+
+
+def test_a_failed_score_is_asked_for_again() -> None:
+    calls: list[int] = []
+
+    def once_nan(shown: Sequence[Sample]) -> Scores:
+        calls.append(len(shown))
+        values = torch.tensor([float(s.seed) for s in shown])
+        return Scores.of(torch.where(values == 1, torch.nan, values) if len(calls) == 1 else values)
+
+    report = report_on(samples(3), Reward(once_nan))
+    assert report.valid.all()
+    assert calls == [3, 1]
+
+
+def test_a_reward_never_runs_beside_itself() -> None:
+    busy = threading.Lock()
+
+    def alone(shown: Sequence[Sample]) -> Scores:
+        assert busy.acquire(blocking=False)
+        time.sleep(0.01)
+        busy.release()
+        return by_seed(shown)
+
+    with judge(Reward(alone), max_failed=0.0) as judging:
+        for sample in samples(6):
+            judging.submit([sample])
+        assert judging.report(prompts_of(samples(6))).valid.all()
 
 
 def test_failures_within_the_budget_are_counted_and_masked() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from velatura.core.build import build
-from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective, TimestepSampler
-from velatura.core.errors import RecipeError
-from velatura.core.recipe import Recipe
+from velatura.core.components import Component, PolicyObjective
+from velatura.core.errors import RecipeError, suggest
+from velatura.core.estimate import Speed, memory, work
+from velatura.core.folding import folded_scale, guidance_scale
+from velatura.core.recipe import Recipe, Ref
 from velatura.core.registry import Registry
-from velatura.core.seeds import generator
-from velatura.core.types import Context, Prompt, Role
+from velatura.core.types import Context, Role
 
-BYTES = 4
-"""fp32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Transformer rows: one row is one sample at one time through the network, a guidance branch counted singly."""
-
-    forward: int = 0
-    """Without gradient."""
-    gradient: int = 0
-    """With forward and backward."""
-
-    @property
-    def cost(self) -> int:
-        """In forward rows; a backward costs about two forwards."""
-        return self.forward + 3 * self.gradient
+LOOK = 512
+"""Prompts that are looked at for their categories."""
 
 
 def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
@@ -46,14 +31,20 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
         RecipeError: with the nearest valid choice.
     """
     warnings: list[str] = []
+    categories = Categories(recipe, registry)
     for name in recipe.order():
         stage = recipe.stage(name)
         if stage.stage == "rl":
             _check_rl(recipe, registry, name, stage)
+        if stage.stage == "supervised":
+            _check_supervised(recipe, registry, name, stage)
         if stage.stage == "distill":
+            _check_adapters(recipe, registry, name, stage)
             warnings += _check_guidance_of_teachers(recipe, registry, name, stage)
+        if stage.stage in ("rl", "curate", "distill"):
+            warnings += _check_folded_start(recipe, registry, name, stage)
         if stage.stage in ("rl", "curate"):
-            _check_folded_start(recipe, registry, name, stage, warnings)
+            warnings += _check_categories(recipe, name, stage, categories)
     return warnings
 
 
@@ -61,6 +52,11 @@ def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None
     at = recipe.at(("stages", name))
     place = recipe.at(("stages", name, "objective"))
     objective: PolicyObjective[Any] = build(registry, "objective", stage.objective, place)  # type: ignore[assignment]
+    if not objective.requires.advantage or Role.TEACHER in objective.roles():
+        raise RecipeError(
+            f"{place}: objective '{objective.name}' {_not_for_rewards(objective)}, so it does not go into a stage of "
+            f"kind rl. Use one that learns from rewards, such as 'nft'."
+        )
     kernel = registry.get("kernel", stage.kernel.use, recipe.at(("stages", name, "kernel")))
     if objective.requires.stochastic_steps and not getattr(kernel, "stochastic", False):
         raise RecipeError(
@@ -72,20 +68,52 @@ def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None
         raise RecipeError(f"{place}: every weight is 0, so there is nothing to learn from. Give one a weight.")
 
 
-def _scale(registry: Registry, ref: Any, role: Role, at: str) -> float:
-    guidance: GuidancePolicy[Any] = build(registry, "guidance", ref, at)  # type: ignore[assignment]
-    return float(guidance.scale(role, torch.tensor([0.5])))
+def _not_for_rewards(objective: PolicyObjective[Any]) -> str:
+    return "asks a teacher" if Role.TEACHER in objective.roles() else "does not look at rewards"
+
+
+def _check_supervised(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
+    """Pictures come without rewards, and beside the trained network there is no other."""
+    place = recipe.at(("stages", name, "objective"))
+    objective: PolicyObjective[Any] = build(registry, "objective", stage.objective, place)  # type: ignore[assignment]
+    others = sorted(role.value for role in objective.roles() - {Role.CURRENT})
+    if objective.requires.advantage or others:
+        need = "rewards" if objective.requires.advantage else f"the velocity of {', '.join(others)}"
+        raise RecipeError(
+            f"{place}: objective '{objective.name}' needs {need}, which a supervised stage does not have. Use one that "
+            f"learns from pictures, such as 'sft'."
+        )
+
+
+def _check_adapters(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
+    """Teachers are weight sets that the student's network wears, so all of them are of one network."""
+    place = recipe.at(("stages", name, "adapter"))
+    own = build(registry, "adapter", stage.adapter, place)
+    for route, teacher in stage.teachers.items():
+        other = build(registry, "adapter", recipe.stage(teacher).adapter, recipe.at(("stages", teacher, "adapter")))  # type: ignore[union-attr]
+        if type(other) is not type(own) or other.options != own.options:
+            raise RecipeError(
+                f"{place}: the student has adapter {_described(own)}, but its teacher '{teacher}' ({route}) has "
+                f"{_described(other)}. A teacher's weights are worn by the student's network: give both the same "
+                f"adapter, best at the top of the recipe."
+            )
+
+
+def _described(component: Component[Any]) -> str:
+    """Name and the options that are not the default."""
+    given = component.options.model_dump(mode="json", exclude_defaults=True)
+    return f"'{component.name}'" + (f" with {given}" if given else "")
 
 
 def _check_guidance_of_teachers(recipe: Recipe, registry: Registry, name: str, stage: Any) -> list[str]:
     """A teacher is best asked at the guidance it was trained under."""
-    asked = _scale(registry, stage.guidance, Role.TEACHER, f"stages.{name}.guidance")
+    asked = guidance_scale(registry, stage.guidance, Role.TEACHER, f"stages.{name}.guidance")
     warnings = []
     for route, teacher in stage.teachers.items():
         config = recipe.stage(teacher)
         if config.stage != "rl":
             continue
-        trained = _scale(registry, config.guidance, Role.ROLLOUT, f"stages.{teacher}.guidance")
+        trained = guidance_scale(registry, config.guidance, Role.ROLLOUT, f"stages.{teacher}.guidance")
         if trained != asked:
             warnings.append(
                 f"stages.{name}.guidance asks teacher '{teacher}' ({route}) at scale {asked:g}, but it was trained on "
@@ -94,74 +122,56 @@ def _check_guidance_of_teachers(recipe: Recipe, registry: Registry, name: str, s
     return warnings
 
 
-def _check_folded_start(recipe: Recipe, registry: Registry, name: str, stage: Any, warnings: list[str]) -> None:
-    source = stage.init if stage.stage == "rl" else stage.model
-    if source == "base" or recipe.stage(source).stage != "distill":
-        return
-    scale = _scale(registry, stage.guidance, Role.ROLLOUT, f"stages.{name}.guidance")
-    if scale != 1:
-        warnings.append(
-            f"stages.{name}: '{source}' has guidance folded in and samples at scale 1; guiding it again at {scale:g} "
-            f"compounds both. Use guidance 'none'."
-        )
+def _check_folded_start(recipe: Recipe, registry: Registry, name: str, stage: Any) -> list[str]:
+    """Guidance that is folded in stays, and more of it compounds."""
+    field = "model" if stage.stage == "curate" else "init"
+    source = getattr(stage, field)
+    folded = folded_scale(recipe, registry, source)
+    if folded == 1:
+        return []
+    if stage.stage == "distill":
+        return [
+            f"stages.{name}.init: '{source}' is a student with guidance {folded:g} folded in. What its teachers do not "
+            f"undo stays in this one. Start from what the teachers started from."
+        ]
+    scale = guidance_scale(registry, stage.guidance, Role.ROLLOUT, f"stages.{name}.guidance")
+    if scale == 1:
+        return []
+    return [
+        f"stages.{name}: '{source}' has guidance folded in and samples at scale 1; guiding it again at {scale:g} "
+        f"compounds both. Use guidance 'none'."
+    ]
 
 
-def stage_rows(recipe: Recipe, registry: Registry, name: str, adapter: ModelAdapter[Any], count: int) -> Rows:
-    """Rows of one step of a looping stage, or of the whole of another. `count`: prompts of curate and evaluate."""
-    stage: Any = recipe.stage(name)
-    if stage.stage == "supervised":
-        return Rows(gradient=stage.batch)
-    if stage.stage == "export":
-        return Rows()
-    guidance: GuidancePolicy[Any] = build(registry, "guidance", stage.guidance)  # type: ignore[assignment]
-    times = adapter.times(stage.sampling.steps)
+class Categories:
+    """The categories that tasks have, each task looked at once."""
 
-    def per_sample(role: Role) -> int:
-        return int((1 + (guidance.scale(role, times[:-1]) != 1).long()).sum())
+    def __init__(self, recipe: Recipe, registry: Registry) -> None:
+        self.recipe, self.registry = recipe, registry
+        self._known: dict[str, frozenset[str]] = {}
 
-    def per_point(role: Role) -> int:
-        return 2 if bool((guidance.scale(role, times[:-1]) != 1).any()) else 1
-
-    if stage.stage in ("curate", "evaluate"):
-        samples = count * (stage.group_size if stage.stage == "curate" else stage.seeds_per_prompt * len(stage.models))
-        return Rows(forward=samples * per_sample(Role.ROLLOUT))
-    timesteps: TimestepSampler[Any] = build(registry, "timesteps", stage.timesteps)  # type: ignore[assignment]
-    trained = len(timesteps.plan(times, generator(0)).train)
-    if stage.stage == "rl":
-        objective: PolicyObjective[Any] = build(registry, "objective", stage.objective)  # type: ignore[assignment]
-        samples, role = stage.prompts_per_step * stage.group_size, Role.ROLLOUT
-    else:
-        objective = build(registry, "distiller", stage.distiller)  # type: ignore[assignment]
-        samples, role = stage.prompts_per_step, Role.CURRENT
-    frozen = sum(per_point(r) for r in objective.roles() if r is not Role.CURRENT)
-    return Rows(
-        forward=samples * per_sample(role) + samples * trained * frozen,
-        gradient=samples * trained * per_point(Role.CURRENT),
-    )
+    def of(self, ref: Ref) -> frozenset[str]:
+        """Categories of the first train prompts."""
+        key = ref.model_dump_json(by_alias=True)
+        if key not in self._known:
+            task: Any = ready(self.recipe, self.registry, "task", ref)
+            self._known[key] = frozenset(prompt.category for prompt in islice(task.prompts("train"), LOOK))
+        return self._known[key]
 
 
-def seconds_per_row(adapter: ModelAdapter[Any], prompt: Prompt, device: torch.device) -> float | None:
-    """Measured on 64 rows, for networks small enough to try; None for larger ones."""
-    facts = adapter.describe()
-    if float(facts.get("parameters", 0)) > 50e6:
-        return None
-    net = adapter.load(device)
-    prompts = [prompt] * 4
-    with torch.no_grad():
-        cond = adapter.prepare(net, adapter.encode(prompts))
-        x, rows = adapter.noise(prompts * 16, list(range(64))), torch.arange(64) % 4
-        adapter.velocity(net, x, torch.full((64,), 0.5), cond, rows)
-        begin = time.perf_counter()
-        adapter.velocity(net, x, torch.full((64,), 0.5), cond, rows)
-    return (time.perf_counter() - begin) / 64
-
-
-def memory(adapter: ModelAdapter[Any], sets: int, teachers: int) -> float:
-    """Bytes of weights, gradients, Adam moments and kept weight sets; activations are not counted."""
-    facts = adapter.describe()
-    total = float(facts.get("parameters", 0))
-    trained = float(facts.get("trainable parameters", total))
-    return BYTES * (total + trained * (1 + 2 + sets + teachers))
+def _check_categories(recipe: Recipe, name: str, stage: Any, categories: Categories) -> list[str]:
+    """A weight for a category that no prompt has does nothing."""
+    warnings = []
+    ref = recipe.task_of(name)
+    for index, reward in enumerate(stage.rewards):
+        known = categories.of(ref) if ref is not None and reward.weight_by_category else frozenset[str]()
+        for category in reward.weight_by_category:
+            if known and category not in known:
+                warnings.append(
+                    f"{recipe.at(('stages', name, 'rewards', index, 'weight_by_category'))}: none of the first {LOOK} "
+                    f"prompts is of category '{category}', so this weight does nothing.{suggest(category, known)}"
+                )
+    return warnings
 
 
 def check(plan: Any, console: Console) -> None:
@@ -193,49 +203,45 @@ def _stage_table(plan: Any) -> Table:
     table = Table(title="Stages", title_justify="left", caption="row: one sample at one time through the transformer")
     for column in ("stage", "kind", "needs", "steps", "samples/step", "rows/step fwd+bwd", "time", "memory"):
         table.add_column(column, justify="left" if column in ("stage", "kind", "needs") else "right")
-    total = 0.0
+    total, speed = 0.0, Speed(plan.recipe.engine.threads)
     for name in plan.recipe.order():
-        row, seconds = _stage_row(plan, name)
+        row, seconds = _stage_row(plan, name, speed)
         total += seconds
         table.add_row(*row)
     table.add_row("all", "", "", "", "", "", _duration(total), "")
     return table
 
 
-def _stage_row(plan: Any, name: str) -> tuple[list[str], float]:
+def _stage_row(plan: Any, name: str, speed: Speed) -> tuple[list[str], float]:
     stage: Any = plan.recipe.stage(name)
     needs = ", ".join(plan.recipe.dependencies(name))
     if stage.stage == "export":
         return [name, stage.stage, needs, "1", "", "", "", ""], 0.0
     adapter = set_up(plan, "adapter", stage.adapter)
-    prompts = {route: _count(plan, ref, stage) for route, ref in plan.recipe.tasks_of(name).items()}
-    rows = stage_rows(plan.recipe, plan.registry, name, adapter, sum(prompts.values()))
+    parts = work(plan.recipe, plan.registry, name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))
     steps = getattr(stage, "steps", 1)
-    sample = set_up(plan, "task", next(iter(plan.recipe.tasks_of(name).values()))).prompts("eval")[0]
-    per_row = seconds_per_row(adapter, sample, torch.device("cpu"))
-    seconds = steps * rows.cost * per_row if per_row else 0.0
-    samples = {"rl": lambda: stage.prompts_per_step * stage.group_size, "distill": lambda: stage.prompts_per_step,
-               "supervised": lambda: stage.batch}.get(stage.stage, lambda: sum(prompts.values()))()  # fmt: skip
+    costs = [speed.seconds(adapter, part) for part in parts]
+    seconds = steps * sum(cost for cost in costs if cost is not None)
+    forward, gradient = (sum(getattr(part.rows, kind) for part in parts) for kind in ("forward", "gradient"))
     sets = {"rl": 2, "supervised": 1}.get(stage.stage, 0)
     size = memory(adapter, sets, len(getattr(stage, "teachers", {})))
     return [
-        name, stage.stage, needs, str(steps), str(samples), f"{rows.forward:,} + {rows.gradient:,}",
-        _duration(seconds) if per_row else "not tried", f"{size / 1e6:,.0f} MB",
+        name, stage.stage, needs, str(steps), f"{sum(part.samples for part in parts):,}", f"{forward:,} + {gradient:,}",
+        _duration(seconds) if None not in costs else "not tried", f"{size / 1e6:,.0f} MB",
     ], seconds  # fmt: skip
 
 
-def set_up(plan: Any, kind: str, ref: Any) -> Any:
+def ready(recipe: Recipe, registry: Registry, kind: str, ref: Ref) -> Component[Any]:
     """A component of the recipe, ready on the CPU."""
-    component = build(plan.registry, kind, ref)
-    component.setup(Context(device=torch.device("cpu"), cache=Path.home() / ".cache" / "velatura",
-                            seed=plan.recipe.seed, base=plan.base))  # fmt: skip
+    component = build(registry, kind, ref)
+    component.setup(Context(device=torch.device("cpu"), cache=Path.home() / ".cache" / "velatura", seed=recipe.seed,
+                            base=recipe.folder.resolve()))  # fmt: skip
     return component
 
 
-def _count(plan: Any, ref: Any, stage: Any) -> int:
-    split = "eval" if stage.stage == "evaluate" else "train"
-    count = len(set_up(plan, "task", ref).prompts(split))
-    return min(count, getattr(stage, "max_prompts", None) or count)
+def set_up(plan: Any, kind: str, ref: Ref) -> Any:
+    """A component of a plan, ready on the CPU."""
+    return ready(plan.recipe, plan.registry, kind, ref)
 
 
 def _duration(seconds: float) -> str:

@@ -66,17 +66,23 @@ def _model_stage(plan: Plan, stage: str | None) -> str:
 
 
 def eval_run(folder: Path, models: Sequence[str] | None = None, *, console: Console | None = None) -> Path:
-    """Run the evaluate stages of a run again, for other models when given. The earlier result is put aside."""
+    """Run the evaluate stages of a run again, for other models when given. The earlier result is put aside.
+
+    The baseline of a stage is always among its models. What is asked for here is for once: the run keeps the overrides
+    it was made with.
+    """
     plan = open_run(folder)
     stages = [name for name in plan.recipe.order() if plan.recipe.stage(name).stage == "evaluate"]
     if not stages:
         raise RecipeError("the recipe of this run has no evaluate stage. Add one and use `velatura run`.")
     owner = json.loads((folder / "run.json").read_text())
     overrides = [*owner.get("overrides", []), f"output={folder}"]
+    if models:
+        for name in stages:
+            chosen = dict.fromkeys([plan.recipe.stage(name).baseline, *models])  # type: ignore[union-attr]
+            overrides.append(f"stages.{name}.models=[{', '.join(chosen)}]")
     for name in stages:
-        if models:
-            overrides.append(f"stages.{name}.models=[{', '.join(models)}]")
-        run_pipeline(Path(owner["path"]), overrides, only=name, console=console)
+        run_pipeline(Path(owner["path"]), overrides, only=name, console=console, remember=False)
     return folder
 
 

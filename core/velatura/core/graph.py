@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from velatura.core.errors import suggest
-from velatura.core.settings import DistillStage, EvaluateStage, RLStage, Stage
+from velatura.core.settings import DistillStage, EvaluateStage, ExportStage, RLStage, Stage
 from velatura.core.source import Location
 
 BASE = "base"
@@ -35,7 +35,8 @@ def references(name: str, stage: Stage) -> Iterator[Reference]:
     for field in ("init", "model", "baseline"):
         if hasattr(stage, field):
             target = getattr(stage, field)
-            yield Reference(at=(*at, field), target=target, kinds=TRAINED, role="a model", base=True)
+            base = not isinstance(stage, ExportStage)
+            yield Reference(at=(*at, field), target=target, kinds=TRAINED, role="a model", base=base)
     if isinstance(stage, EvaluateStage):
         for index, target in enumerate(stage.models):
             yield Reference(at=(*at, "models", index), target=target, kinds=TRAINED, role="a model", base=True)
@@ -68,6 +69,10 @@ def _complaint(name: str, reference: Reference, stages: Mapping[str, Stage]) -> 
     fitting = [other for other, stage in stages.items() if stage.stage in reference.kinds and other != name]
     if target == BASE and reference.base:
         return ""
+    if target == BASE:
+        kinds = " or ".join(reference.kinds)
+        hint = suggest("", fitting) if fitting else ""
+        return f"'base' is what the adapter loads, untrained; {reference.role} here is a stage of kind {kinds}.{hint}"
     if target not in stages:
         return f"no stage is called {target!r}.{suggest(target, [BASE, *fitting] if reference.base else fitting)}"
     if target == name:

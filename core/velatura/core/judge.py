@@ -16,7 +16,9 @@ from velatura.core.errors import RewardError
 from velatura.core.types import Prompt, RewardReport, Sample, Scores, Status
 
 WINDOW = 200
-"""The failure rate is measured over the latest scores, so many of them."""
+"""The failure rate is measured over the latest scores: so many, or all of a report when it has more."""
+ENOUGH = 10
+"""Fewer scores say nothing about a rate, unless all of them failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +58,12 @@ class Judge:
     `submit` returns at once; `report` waits for everything submitted since the last report.
     """
 
-    def __init__(
-        self, rewards: Sequence[WeightedReward], *, max_failed: float, retries: int = 1, workers: int | None = None
-    ) -> None:
+    def __init__(self, rewards: Sequence[WeightedReward], *, max_failed: float, retries: int = 1) -> None:
+        """One thread per reward: rewards run beside each other, a reward never beside itself."""
         self.rewards = tuple(rewards)
         self.max_failed = max_failed
         self.retries = retries
-        self._pool = ThreadPoolExecutor(max_workers=workers or max(1, len(self.rewards)), thread_name_prefix="judge")
+        self._threads = [ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"judge-{r.label}") for r in self.rewards]
         self._pending: list[tuple[tuple[Sample, ...], list[Future[Scores]]]] = []
         self._recent: dict[str, deque[bool]] = {r.label: deque(maxlen=WINDOW) for r in self.rewards}
         self.failures: Counter[tuple[str, str]] = Counter()
@@ -73,7 +74,8 @@ class Judge:
         if not self.rewards:
             return
         own = tuple(samples)
-        self._pending.append((own, [self._pool.submit(self._score, reward, own) for reward in self.rewards]))
+        scored = [t.submit(self._score, reward, own) for t, reward in zip(self._threads, self.rewards, strict=True)]
+        self._pending.append((own, scored))
 
     def report(self, prompts: Sequence[Prompt]) -> RewardReport:
         """Scores of all samples submitted since the last report, in the order of submission.
@@ -98,7 +100,8 @@ class Judge:
 
     def close(self) -> None:
         """Stop the threads; what has not begun is not begun."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Judge:
         return self
@@ -127,15 +130,30 @@ class Judge:
         for attempt in range(1 + self.retries):
             scores = _once(reward.model, samples)
             if isinstance(scores, Scores):
-                return scores
+                return self._again(reward, samples, scores, self.retries - attempt)
             reason = scores
             logger.debug("reward '{}' failed (attempt {}): {}", reward.label, attempt + 1, reason)
         if len(samples) == 1 or reward.model.scope == "group":
             return Scores.missing(len(samples), Status.FAILED, reason)
         return _joined([_once_or_failed(reward.model, [sample]) for sample in samples])
 
+    def _again(self, reward: WeightedReward, samples: Sequence[Sample], scores: Scores, retries: int) -> Scores:
+        """The same scores, with those that failed (a refusal is an answer) asked for once more while retries last."""
+        failed = [i for i, status in enumerate(scores.status) if status is Status.FAILED]
+        if not failed or retries <= 0 or reward.model.scope == "group":
+            return scores
+        second = _once(reward.model, [samples[i] for i in failed])
+        if not isinstance(second, Scores):
+            return scores
+        values, status, reasons = scores.values.clone(), list(scores.status), list(scores.reasons)
+        for j, i in enumerate(failed):
+            values[i], status[i], reasons[i] = second.values[j], second.status[j], second.reasons[j]
+        patched = Scores(values=values, status=tuple(status), reasons=tuple(reasons))
+        return self._again(reward, samples, patched, retries - 1)
+
     def _count(self, reward: WeightedReward, scores: Scores) -> None:
-        recent = self._recent[reward.label]
+        recent = deque(self._recent[reward.label], maxlen=max(WINDOW, len(scores.status)))
+        self._recent[reward.label] = recent
         reason = ""
         for i, status in enumerate(scores.status):
             if status is Status.NOT_APPLICABLE:
@@ -145,7 +163,8 @@ class Judge:
                 self.failures[reward.label, status.name.lower()] += 1
                 reason = scores.reasons[i] if scores.reasons else "no reason given"
         rate = sum(recent) / max(1, len(recent))
-        if rate > self.max_failed:
+        enough = len(recent) >= ENOUGH or rate == 1
+        if rate > self.max_failed and enough:
             raise RewardError(
                 f"{reward.at}: reward '{reward.label}' gave no score for {sum(recent)} of its last {len(recent)} "
                 f"samples ({rate:.0%}); the budget `max_failed` is {self.max_failed:.0%}. Last reason: {reason}. "

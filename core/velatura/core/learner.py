@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective
+from velatura.core.encoding import Encoder
 from velatura.core.engine.protocol import Engine
 from velatura.core.points import MicroBatch
 from velatura.core.policy import CURRENT, Policy
@@ -46,6 +47,7 @@ class Learner:
     adapter: ModelAdapter  # type: ignore[type-arg]
     guidance: GuidancePolicy  # type: ignore[type-arg]
     objective: PolicyObjective  # type: ignore[type-arg]
+    encoder: Encoder
 
     def learn(self, batches: Sequence[MicroBatch]) -> Tally:
         """Accumulate the gradients of all micro-batches, then step once.
@@ -77,33 +79,43 @@ class Learner:
     def velocities(self, batch: MicroBatch, tally: Tally) -> dict[Role, Tensor]:
         """[N ...] per role; equal weights under equal guidance are evaluated once."""
         roles = self.objective.roles()
-        cond = self.adapter.encode(batch.prompts).to(self.engine.device)
-        result: dict[Role, Tensor] = {}
-        others = [role for role in (Role.OLD, Role.REFERENCE, Role.TEACHER) if role in roles]
-        for role in others:
+        cond = self.encoder.cond(batch.prompts)
+        known: dict[tuple[int, tuple[float, ...]], Tensor] = {}
+        frozen: dict[Role, Tensor | None] = {}
+        own = self._identity(Role.CURRENT, CURRENT, batch)
+        for role in (Role.OLD, Role.REFERENCE, Role.TEACHER):
+            if role not in roles:
+                continue
             name = batch.teacher if role is Role.TEACHER else SET_OF[role]
             if name is None:
                 raise ValueError("an objective asked for a teacher, but the stage has none")
-            if self._equals_current(role, name):
-                continue
-            with self.policy.wearing(name) as net:
-                result[role], rows = self._velocity(net, batch, cond, role)
-            tally.forward_rows += rows
+            identity = self._identity(role, name, batch)
+            if identity not in known and identity != own:
+                with self.policy.wearing(name) as net:
+                    known[identity], rows = self._velocity(net, batch, cond, role)
+                tally.forward_rows += rows
+            frozen[role] = known.get(identity)
         current, rows = self._velocity(self.engine.module, batch, cond, Role.CURRENT)
         tally.gradient_rows += rows
-        result |= {role: current.detach() for role in others if role not in result}
-        return {**result, Role.CURRENT: current}
+        same = current.detach()
+        return {role: same if found is None else found for role, found in frozen.items()} | {Role.CURRENT: current}
 
-    def _equals_current(self, role: Role, name: str) -> bool:
-        grid = torch.linspace(0, 1, 5)
-        same_guidance = torch.equal(self.guidance.scale(role, grid), self.guidance.scale(Role.CURRENT, grid))
-        return same_guidance and self.policy.same(name, CURRENT)
+    def teacher_velocity(self, batch: MicroBatch) -> Tensor:
+        """[N ...] of the batch's teacher alone, under its guidance."""
+        if batch.teacher is None:
+            raise ValueError("this micro-batch has no teacher")
+        with self.policy.wearing(batch.teacher) as net:
+            return self._velocity(net, batch, self.encoder.cond(batch.prompts), Role.TEACHER)[0]
+
+    def _identity(self, role: Role, name: str, batch: MicroBatch) -> tuple[int, tuple[float, ...]]:
+        """Equal for two roles exactly when their velocities at these points must be equal."""
+        return self.policy.version(name), tuple(self.guidance.scale(role, batch.points.t).tolist())
 
     def _velocity(self, net: nn.Module, batch: MicroBatch, cond: Conditioning, role: Role) -> tuple[Tensor, int]:
         points, scale = batch.points, self.guidance.scale(role, batch.points.t)
         null = None
         if bool((scale != 1).any()):
-            null = self.adapter.prepare(net, self.adapter.null(batch.prompts).to(self.engine.device))
+            null = self.adapter.prepare(net, self.encoder.null(batch.prompts))
         return guided_velocity(
             net, self.adapter, self.guidance, points.x, points.t, self.adapter.prepare(net, cond), null, batch.rows,
             role=role, limit=2 * len(points.x),

@@ -69,10 +69,12 @@ def run_pipeline(
     only: str | None = None,
     fresh: bool = False,
     console: Console | None = None,
+    remember: bool = True,
 ) -> Path:
     """Run every stage that is missing; returns the run folder.
 
-    A stage whose inputs changed is put aside under `replaced/`, never deleted, and done again.
+    A stage whose inputs changed is put aside under `replaced/`, never deleted, and done again. `remember`: whether
+    `overrides` become those that later verbs open the run with.
 
     Raises:
         VelaturaError: with one message; earlier results stay as they are.
@@ -90,7 +92,9 @@ def run_pipeline(
     order = [name for name in plan.recipe.order() if only is None or name == only]
     if only is not None and not order:
         raise RecipeError(f"the recipe has no stage '{only}'. There is: {', '.join(plan.recipe.order())}.")
-    _claim(plan, recipe_path, overrides)
+    if only is not None:
+        _require_current(plan, only)
+    _claim(plan, recipe_path, overrides, remember=remember)
     if fresh:
         _put_aside(plan.folder, [name for name in order if (plan.folder / name).exists()])
     for number, name in enumerate(order, start=1):
@@ -159,7 +163,25 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str]) -> None:
+def _require_current(plan: Plan, only: str) -> None:
+    """One stage alone must not build on results that its recipe would not make."""
+    waiting, seen = [only], set()
+    while waiting:
+        for name in plan.recipe.dependencies(waiting.pop()):
+            path = plan.folder / name / "manifest.json"
+            if name in seen or not path.exists():
+                continue
+            seen.add(name)
+            waiting.append(name)
+            changed = _difference(json.loads(path.read_text())["inputs"], stage_inputs(plan, name))
+            if changed:
+                raise RecipeError(
+                    f"stage '{only}' builds on '{name}', which was made with another {', '.join(changed)}. Run "
+                    f"'{name}' first, or leave --stage out."
+                )
+
+
+def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, remember: bool) -> None:
     """Make the run folder this recipe's own, or say whose it is."""
     from velatura.core.check import used_components
 
@@ -177,9 +199,10 @@ def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"cannot make the run folder {folder}: {error}. Choose another `output`.") from error
-    write_json_atomic(marker, {
-        "recipe": recipe_path.stem, "path": str(recipe_path.resolve()), "overrides": list(overrides),
-    })  # fmt: skip
+    if remember or not marker.exists():
+        write_json_atomic(marker, {
+            "recipe": recipe_path.stem, "path": str(recipe_path.resolve()), "overrides": list(overrides),
+        })  # fmt: skip
     write_text_atomic(folder / "recipe.yaml", recipe_path.read_text())
     write_json_atomic(folder / "resolved.json", {
         "recipe": plan.resolved,
@@ -195,14 +218,15 @@ def vars_of(info: Any) -> dict[str, Any]:
 
 def environment(base: Path) -> dict[str, Any]:
     """Where and with what this runs."""
-    git = subprocess.run(
-        ["git", "-C", str(base), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    git = None
+    if shutil.which("git"):
+        asked = ["git", "-C", str(base), "describe", "--always", "--dirty"]
+        git = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "velatura": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         **{name: version(name) for name in LIBRARIES},
     }
 

@@ -33,8 +33,8 @@ class Policy:
         return {name: p.detach() for name, p in self.parameters.items()}
 
     def remember(self, name: str) -> None:
-        """Keep a copy of the current weights under `name`."""
-        self.sets[name] = {key: value.clone() for key, value in self.weights().items()}
+        """Keep a copy of the current weights under `name`, in fp32: a slow average would stand still in bf16."""
+        self.sets[name] = {key: value.to(torch.float32, copy=True) for key, value in self.weights().items()}
         self._version[name] = self._version[CURRENT]
 
     def put(self, name: str, tensors: Mapping[str, Tensor], *, what: str, device: torch.device | None = None) -> None:
@@ -45,8 +45,7 @@ class Policy:
         """
         match_tensors(self.weights(), tensors, what=what)
         reference = self.weights()
-        self.sets[name] = {key: tensors[key].to(reference[key].dtype).to(device or value.device)
-                           for key, value in reference.items()}  # fmt: skip
+        self.sets[name] = {key: tensors[key].float().to(device or value.device) for key, value in reference.items()}
         self._version[name] = next(self._clock)
 
     def load(self, tensors: Mapping[str, Tensor], *, what: str) -> None:
@@ -65,9 +64,13 @@ class Policy:
         """Say that the current weights moved."""
         self._version[CURRENT] = next(self._clock)
 
+    def version(self, name: str) -> int:
+        """Equal for two sets exactly when they are known to hold equal weights."""
+        return self._version[name]
+
     def same(self, a: str, b: str) -> bool:
         """Whether two sets are known to hold equal weights, so that one velocity serves both."""
-        return self._version[a] == self._version[b]
+        return self.version(a) == self.version(b)
 
     def follow(self, name: str, decay: float) -> None:
         """name <- decay * name + (1 - decay) * current."""
@@ -107,7 +110,7 @@ class Policy:
         own = {key: p.data for key, p in self.parameters.items()}
         try:
             for key, parameter in self.parameters.items():
-                parameter.data = worn[key]
+                parameter.data = worn[key].to(parameter.dtype)
             with torch.no_grad():
                 yield self.net
         finally:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from velatura.core.learner import Learner, Tally
+from velatura.core.learner import Learner
 from velatura.core.points import Group, MicroBatch, trajectory_points
 from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive
@@ -36,8 +36,7 @@ def make_probe(
             chunks = list(rollout(net, guided, prompts, seeds, keep_trajectory=True))
         for chunk in chunks:
             batch = _points(chunk.rows.tolist(), chunk.trajectory, prompts, sampler, teacher)
-            with torch.no_grad():
-                targets.append(learner.velocities(batch, Tally())[Role.TEACHER])
+            targets.append(learner.teacher_velocity(batch))
             batches.append(batch)
     return Probe(route=route, batches=tuple(batches), targets=tuple(targets))
 
@@ -61,7 +60,7 @@ def probe_error(learner: Learner, probe: Probe) -> float:
     """Mean squared difference of the student's conditional velocity and the teacher's guided one."""
     total, count = 0.0, 0
     for batch, target in zip(probe.batches, probe.targets, strict=True):
-        cond = learner.adapter.encode(batch.prompts).to(learner.engine.device)
+        cond = learner.encoder.cond(batch.prompts)
         with learner.policy.wearing("current") as net:
             own = learner.adapter.velocity(
                 net, batch.points.x, batch.points.t, learner.adapter.prepare(net, cond), batch.rows

@@ -90,7 +90,11 @@ class Recipe(Settings):
     engine: Engine = Engine()
     adapter: Ref | None = Field(None, description="Default for every stage with this slot, like all that follow.")
     task: Ref | None = None
-    guidance: Ref | None = None
+    guidance: Ref | None = Field(
+        None,
+        description="Default for the stages that guide their samples: curate, rl, evaluate. A distill stage has its "
+        "own, which says how its teachers are asked.",
+    )
     kernel: Ref | None = None
     timesteps: Ref | None = None
     rewards: list[RewardRef] | None = None
@@ -192,11 +196,15 @@ class Recipe(Settings):
         return {name: task} if task else {}
 
     def _all_tasks(self) -> dict[str, Ref]:
-        """Every task once; its route is what a distill stage calls it, otherwise the first stage that has it."""
+        """Every task once; its route is what a distill stage calls it, otherwise the first stage that has it.
+
+        Tasks of supervised stages count where there are no others: what a base model learns from is no test.
+        """
         found: dict[str, Ref] = {}
-        stages = sorted(self.stages, key=lambda name: self.stages[name].stage != "distill")
-        for name in stages:
-            if not isinstance(self.stages[name], EvaluateStage):
+        for kinds in (("distill",), ("curate", "rl"), ("supervised",)):
+            if kinds == ("supervised",) and found:
+                break
+            for name in (name for name, stage in self.stages.items() if stage.stage in kinds):
                 found |= {r: t for r, t in self.tasks_of(name).items() if r not in found and t not in found.values()}
         return found
 
@@ -226,12 +234,12 @@ def _refs(value: Any) -> Iterator[tuple[Location, Ref]]:
 
 def _with_defaults(stage: Any, top: dict[str, Any]) -> Any:
     """A stage as data, with the slots it leaves out."""
-    known = STAGE_CLASSES.get(str(stage.get("stage"))) if isinstance(stage, dict) else None
+    known = _class_of(stage)
     if known is None:
         return stage
     merged = dict(stage)
     for slot in known.model_fields:
-        if slot not in (*SLOTS, *MERGED) or top.get(slot) is None or (slot == "task" and stage.get("prompts")):
+        if not _takes_over(known, slot) or top.get(slot) is None or (slot == "task" and stage.get("prompts")):
             continue
         own = merged.setdefault(slot, top[slot])
         if slot in MERGED and isinstance(own, dict) and isinstance(top[slot], dict):
@@ -239,9 +247,28 @@ def _with_defaults(stage: Any, top: dict[str, Any]) -> Any:
     return merged
 
 
+def _takes_over(stage: type[Settings] | None, slot: str) -> bool:
+    """Whether the top of the recipe has the default of this field of a stage.
+
+    Guidance of a distill stage is another thing than that of the others: it is how teachers are asked, and what is
+    folded into the student.
+    """
+    if stage is not None and (slot not in stage.model_fields or (stage is DistillStage and slot == "guidance")):
+        return False
+    return slot in SLOTS or slot in MERGED
+
+
+def _class_of(stage: Any) -> type[Settings] | None:
+    """The class of a stage that is still plain data."""
+    return STAGE_CLASSES.get(str(stage.get("stage"))) if isinstance(stage, dict) else None
+
+
 def _as_written(source: Source, location: Location) -> Location:
     """Where a value of a stage was really written: there, or among the defaults at the top."""
-    if location[:1] != ("stages",) or len(location) < 3:
+    stages = source.data.get("stages")
+    if location[:1] != ("stages",) or len(location) < 3 or not isinstance(stages, dict):
+        return location
+    if not _takes_over(_class_of(stages.get(location[1])), str(location[2])):
         return location
     inherited = location[2:]
     depth = 2 if inherited[0] in MERGED else 1
@@ -284,11 +311,11 @@ def _make_room(source: Source, location: Location) -> None:
     if name not in stages:
         raise RecipeError(f"command line: no stage is called {name!r}.{suggest(name, map(str, stages))}")
     stage = stages[name]
-    known = STAGE_CLASSES.get(str(stage.get("stage"))) if isinstance(stage, dict) else None
+    known = _class_of(stage)
     if known is None or len(location) < 4 or slot in stage or slot not in SLOTS or slot not in known.model_fields:
         return
     default = known.model_fields[slot].get_default(call_default_factory=True)
-    if source.data.get(slot) is not None:
+    if source.data.get(slot) is not None and _takes_over(known, slot):
         stage[slot] = copy.deepcopy(source.data[slot])
     elif isinstance(default, Ref):
         stage[slot] = default.model_dump(by_alias=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from velatura.core.components import GuidancePolicy, Kernel, ModelAdapter
+from velatura.core.encoding import Encoder
 from velatura.core.seeds import generator
 from velatura.core.types import Conditioning, Prompt, Role, Sample, StepPlan
 
@@ -71,37 +72,34 @@ def rollout(
     plan: StepPlan | None = None,
     *,
     keep_trajectory: bool = False,
+    encoder: Encoder | None = None,
 ) -> Iterator[Chunk]:
     """Sample each prompt with each of its seeds; yields whole groups, so that they can be judged meanwhile.
 
-    Row b depends on its prompt and its seed alone, up to the rounding of batched arithmetic.
+    Row b depends on its prompt and its seed alone, up to the rounding of batched arithmetic. `encoder` keeps the
+    prompts' conditionings for whoever asks next.
     """
     group = max(len(own) for own in seeds)
-    branches = 2 if sampler.needs_null(sampler.adapter.times(sampler.steps, prompts[0])) else 1
-    device = next(net.parameters()).device
-    null_of: dict[str, Conditioning] = {}
-    for piece in by_layout(prompts, range(len(prompts)), max(1, sampler.batch // (branches * group))):
+    guided = sampler.needs_null(sampler.adapter.times(sampler.steps, prompts[0]))
+    encoder = encoder or Encoder(sampler.adapter, next(net.parameters()).device)
+    for alike in by_layout(prompts, range(len(prompts)), len(prompts)):
+        encoder.cond([prompts[row] for row in alike])
+    null: Conditioning | None = None
+    for piece in by_layout(prompts, range(len(prompts)), max(1, sampler.batch // (2 * group if guided else group))):
         own = [prompts[row] for row in piece]
         with torch.no_grad():
-            cond = sampler.adapter.prepare(net, sampler.adapter.encode(own).to(device))
-            null = _null(net, sampler, own, null_of)
+            cond = sampler.adapter.prepare(net, encoder.cond(own))
+            null = _null(net, encoder, own, null) if guided else None
             rows = torch.tensor([i for i, row in enumerate(piece) for _ in seeds[row]])
             flat = [seed for row in piece for seed in seeds[row]]
             yield _integrate(net, sampler, own, rows, flat, cond, null, plan, keep_trajectory, offset=piece)
 
 
-def _null(
-    net: nn.Module, sampler: Sampler, prompts: Sequence[Prompt], known: dict[str, Conditioning]
-) -> Conditioning | None:
-    """The prepared unconditional branch; for prompts without sources it is the same for all, and made once."""
-    if not sampler.needs_null(sampler.adapter.times(sampler.steps, prompts[0])):
-        return None
-    device = next(net.parameters()).device
-    if prompts[0].sources:
-        return sampler.adapter.prepare(net, sampler.adapter.null(prompts).to(device))
-    if "null" not in known:
-        known["null"] = sampler.adapter.prepare(net, sampler.adapter.null(prompts[:1]).to(device))
-    return known["null"].select(torch.zeros(len(prompts), dtype=torch.int64, device=device))
+def _null(net: nn.Module, encoder: Encoder, prompts: Sequence[Prompt], known: Conditioning | None) -> Conditioning:
+    """The prepared unconditional branch; for prompts without sources it is the same for all, and prepared once."""
+    if prompts[0].sources or known is None:
+        return encoder.adapter.prepare(net, encoder.null(prompts))
+    return known.select(torch.zeros(len(prompts), dtype=torch.int64, device=encoder.device))
 
 
 def _integrate(
@@ -181,6 +179,12 @@ def guided_velocity(
     Both branches go through in one forward when they are at most `limit` rows and the adapter can join them; a scale
     of 1 never evaluates the null branch.
     """
+    if len(x) > limit:  # a single group that is larger than the batch
+        parts = [
+            guided_velocity(net, adapter, guidance, x[i], t[i], cond, null, rows[i], role=role, limit=limit)
+            for i in torch.split(torch.arange(len(x), device=x.device), limit)
+        ]
+        return torch.cat([v for v, _ in parts]), sum(used for _, used in parts)
     scale = guidance.scale(role, t)
     if null is None or bool((scale == 1).all()):
         return adapter.velocity(net, x, t, cond, rows), len(x)

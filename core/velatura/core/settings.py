@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
@@ -16,6 +17,8 @@ Positive = Annotated[float, Field(strict=True, gt=0)]
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 """A part of a whole, 0 to 1."""
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+"""What is left of a running mean after a step; at 1 it would never move."""
 
 
 class Settings(BaseModel):
@@ -70,8 +73,15 @@ class Engine(Settings):
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the network; latents and losses stay fp32.")
     threads: Count | None = Field(None, description="CPU threads per process; torch decides when left out.")
-    device: str = Field("auto", description="`auto` takes the GPU when there is one; or `cpu`, `cuda`.")
+    device: str = Field("auto", description="`auto` takes the GPU when there is one; or `cpu`, `cuda`, `cuda:1`.")
     raw: dict[str, Any] = Field(default_factory=dict, description="Merged into the DeepSpeed configuration as it is.")
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value):
+            raise ValueError(f"no device is called {value!r}. Use auto, cpu, cuda or cuda:N, as in cuda:1")
+        return value
 
     @model_validator(mode="after")
     def _shards_weights(self) -> Engine:
@@ -93,7 +103,7 @@ class Optimizer(Settings):
     """AdamW, and what happens around its step."""
 
     lr: Positive = Field(1e-4, description="Learning rate after the warm-up.")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay of the two moments.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: Positive = Field(1e-8, description="Added to the root of the second moment.")
     weight_decay: NotNegative = Field(0.0, description="Decoupled weight decay.")
     clip_norm: Positive = Field(1.0, description="Largest norm of the gradient.")
@@ -106,6 +116,15 @@ class Sampling(Settings):
 
     steps: Count = Field(40, description="Steps of the solver.")
     batch: Count = Field(64, description="Most transformer rows in one forward of a rollout; a guided sample has two.")
+
+
+def _leaves_warmup(optimizer: Optimizer, updates: int) -> None:
+    """A learning rate that goes down does so after the warm-up, so something has to come after it."""
+    if optimizer.schedule != "constant" and updates <= optimizer.warmup:
+        raise ValueError(
+            f"optimizer.schedule {optimizer.schedule} goes down after the warm-up of {optimizer.warmup}, but the stage "
+            f"has only {updates} optimiser steps. Take a smaller warmup, or schedule constant"
+        )
 
 
 def _group_of(value: int, why: str) -> int:
@@ -175,6 +194,11 @@ class RLStage(Settings):
             raise ValueError("give either 'prompts' (the name of a curate stage) or 'task', and not both")
         return self
 
+    @model_validator(mode="after")
+    def _has_time_to_learn(self) -> RLStage:
+        _leaves_warmup(self.optimizer, self.steps * self.updates_per_step)
+        return self
+
 
 class DistillStage(Settings):
     """On-policy distillation: a student learns its teachers' velocities where its own samples pass."""
@@ -208,6 +232,11 @@ class DistillStage(Settings):
                 raise ValueError(f"'prompts' has a route {route!r}, for which 'teachers' names nobody")
         return self
 
+    @model_validator(mode="after")
+    def _has_time_to_learn(self) -> DistillStage:
+        _leaves_warmup(self.optimizer, self.steps)
+        return self
+
 
 class SupervisedStage(Settings):
     """Learns from pictures: flow matching on what a task shows as the answer to its prompts."""
@@ -228,6 +257,11 @@ class SupervisedStage(Settings):
     checkpoint_every: Count = Field(100, description="Steps between checkpoints.")
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
 
+    @model_validator(mode="after")
+    def _has_time_to_learn(self) -> SupervisedStage:
+        _leaves_warmup(self.optimizer, self.steps)
+        return self
+
 
 class EvaluateStage(Settings):
     """Compares models on the same held-out prompts and seeds."""
@@ -237,7 +271,9 @@ class EvaluateStage(Settings):
     models: list[str] = Field(min_length=1, description="Stages, or `base`.")
     baseline: str = Field("base", description="The model that the others are compared with.")
     tasks: dict[str, Ref] = Field(
-        default_factory=dict, description="Route -> task; the tasks of the recipe's other stages, when left out."
+        default_factory=dict,
+        description="Route -> task; when left out, those of the recipe's distill, rl and curate stages, or else of its "
+        "supervised ones.",
     )
     guidance: Ref = Ref(use="rollout-only")
     kernel: Ref = Ref(use="ode")
@@ -248,6 +284,15 @@ class EvaluateStage(Settings):
     max_prompts: Count | None = Field(None, description="Look at the first so many prompts only.")
     bootstrap: Count = Field(2000, description="Resamples for the intervals.")
     cross_task: bool = Field(False, description="Also judge each teacher on the tasks it was not trained on.")
+
+    @model_validator(mode="after")
+    def _measures_the_baseline(self) -> EvaluateStage:
+        if self.baseline not in self.models:
+            raise ValueError(
+                f"'baseline' is {self.baseline!r}, which is not among 'models', so there would be nothing to compare "
+                f"with. Add it to 'models', or make one of them the baseline: {', '.join(dict.fromkeys(self.models))}"
+            )
+        return self
 
 
 class ExportStage(Settings):

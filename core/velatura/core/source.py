@@ -67,7 +67,7 @@ def read(path: Path) -> Source:
         loader = _Loader(text)
         root = loader.get_single_node()
         places = list(_places(root, str(path), set())) if root is not None else []
-        data = loader.construct_document(root) if root is not None else {}
+        data = _unshared(loader.construct_document(root), str(path)) if root is not None else {}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: this is not YAML: {error.problem or error.context}") from error
@@ -76,6 +76,17 @@ def read(path: Path) -> Source:
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with the key 'stages', this is a {type(data).__name__}")
     return Source(name=str(path), data=data, lines=dict(places))
+
+
+def _unshared(value: Any, name: str, above: tuple[int, ...] = ()) -> Any:
+    """A copy in which an alias has parts of its own, so that an override of one place changes one place."""
+    if id(value) in above:
+        raise RecipeError(f"{name}: an anchor stands inside of what it names")
+    if isinstance(value, dict):
+        return {key: _unshared(item, name, (*above, id(value))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unshared(item, name, (*above, id(value))) for item in value]
+    return value
 
 
 def _text(path: Path) -> str:

@@ -282,19 +282,6 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A measured number with its uncertainty."""
-
-    value: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
-    """Upper end."""
-    n: int
-    """Independent units (prompts), not samples."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """What a component may know of the machine, given once in `setup`."""
 

@@ -52,8 +52,6 @@ class StageRun:
     console: Any = None
     """rich Console for the progress bar; None is silent."""
     observers: list[Observer[Any]] = field(default_factory=list)
-    total_steps: int = 0
-    """Steps of a looping stage, for the progress bar."""
 
     def build(self, kind: str, ref: Ref | str, at: str) -> Any:
         """A component of the recipe, set up."""
@@ -201,6 +199,11 @@ def _lines(path: Path) -> list[str]:
     text = path.read_text()
     lines = text.split("\n")
     return [line for line in lines[:-1] if line]
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The steps of a `metrics.jsonl`."""
+    return [json.loads(line) for line in _lines(path)]
 
 
 class Stopwatch:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from velatura.core.components import Distiller, TimestepSampler
 from velatura.core.data import PromptStream
+from velatura.core.encoding import Encoder
 from velatura.core.errors import RecipeError
 from velatura.core.learner import Learner
 from velatura.core.points import Group, MicroBatch, pieces, trajectory_points
@@ -73,7 +74,9 @@ class Loop:
         times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
         plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index, route))
         with self.learner.policy.wearing(CURRENT) as net:
-            chunks = list(rollout(net, self.sampler, prompts, seeds, plan, keep_trajectory=True))
+            chunks = list(
+                rollout(net, self.sampler, prompts, seeds, plan, keep_trajectory=True, encoder=self.learner.encoder)
+            )
         return [
             batch
             for chunk in chunks
@@ -115,7 +118,12 @@ def run(stage: StageRun) -> dict[str, Any]:
     distiller = stage.build("distiller", config.distiller, "distiller")
     guidance = stage.build("guidance", config.guidance, "guidance")
     learner = Learner(
-        engine=training.engine, policy=training.policy, adapter=training.adapter, guidance=guidance, objective=distiller
+        engine=training.engine,
+        policy=training.policy,
+        adapter=training.adapter,
+        guidance=guidance,
+        objective=distiller,
+        encoder=Encoder(training.adapter, training.engine.device),
     )
     kernel = stage.build("kernel", config.kernel, "kernel")
     sampler = Sampler(
@@ -143,7 +151,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     training.loop(loop.step, lambda m: f"distance to the teachers {m['loss']:.4f}")
     folded = float(guidance.scale(Role.TEACHER, torch.tensor([0.5])))
     return training.finish() | {
-        "guidance_scale": 1.0, "folded": True, "folded_scale": folded, "teachers": dict(config.teachers),
+        "guidance_scale": 1.0, "folded": folded != 1, "folded_scale": folded, "teachers": dict(config.teachers),
     }  # fmt: skip
 
 

@@ -16,8 +16,10 @@ from velatura.core.checkpoint import write_json_atomic
 from velatura.core.components import Evaluator, ModelAdapter, Task
 from velatura.core.judge import Judge
 from velatura.core.policy import CURRENT, Policy
+from velatura.core.recipe import Ref
 from velatura.core.report import summarise
 from velatura.core.rollout import Sampler, rollout
+from velatura.core.routes import Look, routes_of_models
 from velatura.core.seeds import derive
 from velatura.core.stages.common import StageRun, Ticker, manifest_of
 from velatura.core.types import Prompt, Sample
@@ -29,13 +31,14 @@ BLOCK = 32
 def run(stage: StageRun) -> dict[str, Any]:
     """Draw and measure every model on its routes, then compare with the baseline."""
     config = stage.config
-    adapter = stage.adapter()
     tasks = evaluation_tasks(stage)
-    lineage = {model: describe_model(stage, model) for model in config.models}
+    prompts = {route: _prompts(task, config.max_prompts) for route, task in tasks.items()}
+    routes = routes_of_models(stage.recipe, stage.name, prompts, _look(stage))
+    adapter = stage.adapter()
+    lineage = {model: describe_model(stage, model, own) for model, own in routes.items()}
     write_json_atomic(stage.folder / "models.json", lineage)
     evaluators = [stage.build("evaluator", ref, f"evaluators.{i}") for i, ref in enumerate(config.evaluators)]
-    pairs = [(m, r) for m in config.models for r in tasks if config.cross_task or r in lineage[m]["routes"]]
-    prompts = {route: _prompts(task, config.max_prompts) for route, task in tasks.items()}
+    pairs = [(model, route) for model, own in routes.items() for route in own]
     total = sum(len(prompts[route]) for _, route in pairs)
     tables = []
     with stage.judge(config.rewards, 1.0) as judge, stage.progress(total, unit="prompts") as bar:
@@ -56,27 +59,32 @@ def run(stage: StageRun) -> dict[str, Any]:
 
 def evaluation_tasks(stage: StageRun) -> dict[str, Task[Any]]:
     """Route -> task: those the stage names, or those of the recipe's other stages."""
-    if stage.config.tasks:
-        return {route: stage.build("task", ref, f"tasks.{route}") for route, ref in stage.config.tasks.items()}
-    found: dict[str, Task[Any]] = {}
-    for name in stage.recipe.order():
-        if stage.recipe.stage(name).stage in ("rl", "curate"):
-            task = stage.task_of(name)
-            found.setdefault(task.prompts("eval")[0].task, task)
-    return found
+    tasks = stage.recipe.tasks_of(stage.name)
+    own = stage.config.tasks
+    return {route: stage.build("task", ref, f"tasks.{route}" if own else "tasks") for route, ref in tasks.items()}
 
 
-def describe_model(stage: StageRun, model: str) -> dict[str, Any]:
+def _look(stage: StageRun) -> Look:
+    """The prompts behind a reference to a task."""
+
+    def look(ref: Ref, split: str) -> Sequence[Prompt]:
+        prompts: Sequence[Prompt] = stage.build("task", ref, "models").prompts(split)
+        return prompts
+
+    return look
+
+
+def describe_model(stage: StageRun, model: str, routes: Sequence[str]) -> dict[str, Any]:
     """What a model is, at which guidance it samples, and which routes it is for."""
-    every = list(evaluation_tasks(stage))
-    scale = None if model == "base" else manifest_of(stage.run_folder, model)["result"]
-    if scale is None:
-        return {"kind": "base", "guidance": "stage", "routes": every}
-    kind = stage.recipe.stage(model).stage
-    routes = every if kind != "rl" else [stage.task_of(model).prompts("eval")[0].task]
-    facts: dict[str, Any] = {"kind": kind, "routes": routes, "guidance": "stage"}
-    if scale.get("folded"):
-        facts |= {"guidance": 1.0, "teachers": scale.get("teachers", {})}
+    facts: dict[str, Any] = {"kind": "base", "guidance": "stage", "routes": list(routes)}
+    if model == "base":
+        return facts
+    result = manifest_of(stage.run_folder, model)["result"]
+    facts["kind"] = stage.recipe.stage(model).stage
+    if result.get("folded"):
+        facts["guidance"] = 1.0
+    if "teachers" in result:
+        facts["teachers"] = result["teachers"]
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from velatura.core.components import AdvantageEstimator, PromptFilter, TimestepSampler
 from velatura.core.data import PromptStream
+from velatura.core.encoding import Encoder
 from velatura.core.events import RolloutDone
 from velatura.core.judge import Judge
 from velatura.core.learner import SET_OF, Learner, Tally
@@ -19,7 +21,7 @@ from velatura.core.policy import CURRENT
 from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
-from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts
+from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_log
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
 from velatura.core.types import Advantages, Prompt, RewardReport, Role, Rollout, group_rows
@@ -47,13 +49,12 @@ class Loop:
         config, watch = self.stage.config, Stopwatch()
         prompts = next(self.stream)
         with watch.phase("rollout"):
-            made = self.sample(index, prompts)
+            made, rollout_rows = self.sample(index, prompts)
         with watch.phase("judge"):
             report = self.judge.report(prompts)
         self.stage.notify("rollout_done", RolloutDone(step=index, rollout=made, report=report))
-        if self.prompt_filter is not None:
-            report = report.only(self.prompt_filter.admit(report))
-        advantages = self.advantage.estimate(report)
+        admitted = report if self.prompt_filter is None else report.only(self.prompt_filter.admit(report))
+        advantages = self.advantage.estimate(admitted)
         with watch.phase("update"):
             tally = self.learn(index, made, advantages)
         self.learner.policy.follow(SET_OF[Role.OLD], self.learner.objective.old_decay(index))
@@ -65,12 +66,14 @@ class Loop:
             **{f"advantage/{name}": value for name, value in advantages.metrics.items()},
             **tally.metrics,
             **watch.seconds,
+            "rows/rollout": float(rollout_rows),
             "rows/forward": float(tally.forward_rows),
             "rows/gradient": float(tally.gradient_rows),
         }
 
-    def sample(self, index: int, prompts: Sequence[Prompt]) -> Rollout:
-        """G samples of each prompt; every chunk goes to the judge while the next one is made."""
+    def sample(self, index: int, prompts: Sequence[Prompt]) -> tuple[Rollout, int]:
+        """G samples of each prompt, and the transformer rows they took; every chunk goes to the judge while the next
+        one is made."""
         config, objective = self.stage.config, self.learner.objective
         times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
         plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index))
@@ -81,11 +84,13 @@ class Loop:
         chunks = []
         trajectory = objective.requires.points == "trajectory"
         with self.learner.policy.wearing(SET_OF[objective.requires.rollout_role]) as net:
-            for chunk in rollout(net, self.sampler, prompts, seeds, plan, keep_trajectory=trajectory):
+            for chunk in rollout(
+                net, self.sampler, prompts, seeds, plan, keep_trajectory=trajectory, encoder=self.learner.encoder
+            ):
                 self.judge.submit(chunk.samples)
                 chunks.append(chunk)
         kept = [chunk.trajectory for chunk in chunks if chunk.trajectory is not None]
-        return Rollout(
+        made = Rollout(
             prompts=tuple(prompts),
             samples=tuple(sample for chunk in chunks for sample in chunk.samples),
             latents=torch.cat([chunk.latents for chunk in chunks]),
@@ -94,6 +99,7 @@ class Loop:
             plan=plan,
             trajectory=torch.cat(kept, dim=1) if kept else None,
         )
+        return made, sum(chunk.network_rows for chunk in chunks)
 
     def learn(self, index: int, made: Rollout, advantages: Advantages) -> Tally:
         """`updates_per_step` optimiser steps, each on its own share of the groups."""
@@ -175,6 +181,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         adapter=training.adapter,
         guidance=stage.build("guidance", config.guidance, "guidance"),
         objective=stage.build("objective", config.objective, "objective"),
+        encoder=Encoder(training.adapter, training.engine.device),
     )
     sampler = Sampler(
         adapter=training.adapter,
@@ -202,9 +209,18 @@ def run(stage: StageRun) -> dict[str, Any]:
         if training.start == 0:
             loop.showcase.draw(0)
         training.loop(loop.step, _note)
-        failures = {f"{name}: {status}": count for (name, status), count in judge.failures.items()}
-    scale = learner.guidance.scale(Role.ROLLOUT, torch.tensor([0.5]))
-    return training.finish() | {"guidance_scale": float(scale), "folded": False, "failures": failures}
+    scale = float(learner.guidance.scale(Role.ROLLOUT, torch.tensor([0.5])))
+    return training.finish() | {"guidance_scale": scale} | training.lineage() | {"failures": failures(stage)}
+
+
+def failures(stage: StageRun) -> dict[str, int]:
+    """Scores that failed over the whole stage, interruptions included: summed from its log."""
+    count: Counter[str] = Counter()
+    for row in read_log(stage.folder / "metrics.jsonl"):
+        for name, value in row.items():
+            if name.startswith("reward/") and name.endswith("/failed") and value:
+                count[name.removeprefix("reward/").removesuffix("/failed")] += int(value)
+    return dict(count)
 
 
 def _note(metrics: Mapping[str, float]) -> str:

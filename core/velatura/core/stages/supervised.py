@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from velatura.core.data import PromptStream
+from velatura.core.encoding import Encoder
 from velatura.core.errors import RecipeError
 from velatura.core.learner import Learner, Tally
 from velatura.core.points import MicroBatch
@@ -32,6 +33,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         adapter=training.adapter,
         guidance=stage.build("guidance", "none", "guidance"),
         objective=stage.build("objective", config.objective, "objective"),
+        encoder=Encoder(training.adapter, training.engine.device),
     )
     prompts = stage.build("task", config.task, "task").prompts("train")
     stream = PromptStream(prompts, config.batch, seed=stage.seed, at=f"stages.{stage.name}", start=training.start)
@@ -46,7 +48,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         return tally.metrics | watch.seconds | _rows(tally)
 
     training.loop(step, lambda m: f"loss {m['loss']:.4f}")
-    return training.finish(training.policy.sets[EMA])
+    return training.finish(training.policy.sets[EMA]) | training.lineage()
 
 
 def _rows(tally: Tally) -> dict[str, float]:
@@ -60,14 +62,14 @@ def micro_batches(stage: StageRun, training: Training, prompts: Sequence[Prompt]
     t = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(len(prompts), generator=draw))
     dropped = torch.rand(len(prompts), generator=draw) < config.drop_condition
     targets = [_target(stage, prompt) for prompt in prompts]
-    noise_seed = torch.randn((len(prompts), *_latent_shape(training, targets[0])), generator=draw)
+    noise = torch.randn((len(prompts), *_latent_shape(training, targets[0])), generator=draw)
     shown = [replace(p, text="") if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
     order = sorted(range(len(shown)), key=lambda i: len(shown[i].sources))
     result = []
     for rows in by_layout(shown, order, len(shown)):
         x0 = training.adapter.latents(torch.stack([targets[i] for i in rows]).to(stage.device))
         at = torch.tensor(rows)
-        result.append(_points([shown[i] for i in rows], x0, t[at].to(x0), noise_seed[at].to(x0), len(shown)))
+        result.append(_points([shown[i] for i in rows], x0, t[at].to(x0), noise[at].to(x0), len(shown)))
     return result
 
 

@@ -19,7 +19,7 @@ from velatura.core.engine.protocol import Engine
 from velatura.core.errors import VelaturaError
 from velatura.core.events import CheckpointSaved, RunEnd, RunStart, StepEnd
 from velatura.core.policy import CURRENT, Policy
-from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker
+from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, manifest_of
 
 
 class Training:
@@ -104,8 +104,8 @@ class Training:
         begin = time.perf_counter()
         metrics = step(index)
         metrics["time/step_s"] = time.perf_counter() - begin
-        if not metrics.get("updated", 1.0):
-            logger.warning("{}: step {} had a non-finite gradient and was not taken", self.run.name, index)
+        if metrics.get("updated", 1.0) < 1:
+            logger.warning("{}: step {} had a non-finite gradient; that update was not taken", self.run.name, index)
         self.log.add(index, metrics)
         self.run.notify("step_end", StepEnd(step=index, metrics=metrics))
         done = index + 1
@@ -113,6 +113,13 @@ class Training:
             self.save(done)
         bar.tick(note(metrics))
         return done
+
+    def lineage(self) -> dict[str, Any]:
+        """What the result inherits from where it started: a student's folded guidance stays folded."""
+        if self.config.init == "base":
+            return {"folded": False}
+        before = manifest_of(self.run.run_folder, self.config.init)["result"]
+        return {key: before[key] for key in ("folded", "folded_scale", "teachers") if key in before}
 
     def finish(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Write the final weights (the current ones, unless others are given) and say what they are."""

@@ -5,6 +5,7 @@ An edit takes its source picture with --source in.png. Needs torch, diffusers, s
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -49,20 +50,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=info["steps"])
     parser.add_argument("--guidance", type=float, default=info["guidance_scale"])
     args = parser.parse_args()
+    if info.get("guidance_folded") and args.guidance != 1:
+        sys.stderr.write(f"warning: guidance is folded into this model; guiding it again at {args.guidance:g} "
+                         "compounds both. Leave --guidance out.\n")  # fmt: skip
     net = QwenImage21Transformer2DModel.from_pretrained(HERE / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(HERE / "scheduler")
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / args.steps, args.steps, dtype=torch.float64).tolist())
     vae = load_file(HERE / "vae.safetensors")
     source = read(args.source, vae) if args.source else torch.zeros(1, 0, 48)
     slots = source.shape[1] // 4  # the source's place, before the words
-    text = F.pad(torch.cat([embed(args.prompt), embed("")]), (0, 0, slots, 0))  # second row: unconditional
-    mask = torch.tensor([[True] * slots + [False] * (text.shape[1] - slots) + [True] * 4] * 2)
-    images = [[(1, 4, 4)] * (2 if args.source else 1)] * 2
+    branches = [args.prompt] if args.guidance == 1 else [args.prompt, ""]  # second row: unconditional
+    text, rows = F.pad(torch.cat([embed(branch) for branch in branches]), (0, 0, slots, 0)), len(branches)
+    mask = torch.tensor([[True] * slots + [False] * (text.shape[1] - slots) + [True] * 4] * rows)
+    images = [[(1, 4, 4)] * (2 if args.source else 1)] * rows
     x = torch.randn(16, 48, generator=torch.Generator().manual_seed(args.seed))[None]
     for t, t_next in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
-        tokens = torch.cat([source, x], dim=1).expand(2, -1, -1)
-        cond, null = net(tokens, text, t.expand(2), images, mask, return_dict=False)[0][:, -16:]
-        x = x + (t_next - t) * (null + args.guidance * (cond - null))
+        tokens = torch.cat([source, x], dim=1).expand(rows, -1, -1)
+        v = net(tokens, text, t.expand(rows), images, mask, return_dict=False)[0][:, -16:]
+        x = x + (t_next - t) * (v[-1:] + args.guidance * (v[:1] - v[-1:]) if rows == 2 else v)
     write(x, vae, args.output)
 
 

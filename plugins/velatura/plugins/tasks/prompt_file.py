@@ -173,4 +173,6 @@ def read_image(path: Path) -> Tensor:
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float32)
     except UnidentifiedImageError as error:
         raise VelaturaError(f"{path} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError) as error:  # Pillow's words for a file that ends early, or is broken inside
+        raise VelaturaError(f"the image {path} cannot be read: {error}. Put a whole file in its place.") from error
     return torch.from_numpy(pixels / 255.0).permute(2, 0, 1).contiguous()

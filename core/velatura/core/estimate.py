@@ -1,0 +1,200 @@
+"""What a run would cost: transformer rows, seconds and bytes of each stage."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velatura.core.build import build
+from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective, TimestepSampler
+from velatura.core.folding import folded_scale
+from velatura.core.recipe import Recipe
+from velatura.core.registry import Registry
+from velatura.core.routes import LOOK, Look, routes_of_models
+from velatura.core.seeds import generator
+from velatura.core.types import Prompt, Role
+
+BYTES = 4
+"""fp32."""
+TRIED = 64
+"""Rows in one forward when speed is measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Transformer rows: one row is one sample at one time through the network, a guidance branch counted singly."""
+
+    forward: int = 0
+    """Without gradient."""
+    gradient: int = 0
+    """With forward and backward."""
+
+    @property
+    def cost(self) -> int:
+        """In forward rows; a backward costs about two forwards."""
+        return self.forward + 3 * self.gradient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Samples of one kind of prompts, in one step of a looping stage or in the whole of another."""
+
+    prompt: Prompt
+    """One of them: edits carry source images through the network, so a row of theirs costs more."""
+    samples: int
+    rows: Rows
+
+
+def work(recipe: Recipe, registry: Registry, name: str, adapter: ModelAdapter[Any], look: Look) -> list[Work]:
+    """What a stage does, by kind of prompts."""
+    stage: Any = recipe.stage(name)
+    split = "eval" if stage.stage == "evaluate" else "train"
+    prompts = {route: look(ref, split) for route, ref in recipe.tasks_of(name).items()}
+    if stage.stage == "evaluate":
+        return _evaluation(recipe, registry, name, adapter, prompts, look)
+    totals = {"rl": lambda: stage.prompts_per_step * stage.group_size, "supervised": lambda: stage.batch,
+              "distill": lambda: len(prompts) * max(1, stage.prompts_per_step // len(prompts))}  # fmt: skip
+    found = []
+    for own in prompts.values():
+        if stage.stage == "curate":
+            samples = _counted(own, stage.max_prompts) * stage.group_size
+        else:
+            samples = totals[stage.stage]() // len(prompts)
+        for prompt, part in _kinds(own, samples):
+            found.append(Work(prompt=prompt, samples=part, rows=_rows(registry, stage, adapter, prompt, part)))
+    return found
+
+
+def _evaluation(
+    recipe: Recipe,
+    registry: Registry,
+    name: str,
+    adapter: ModelAdapter[Any],
+    prompts: dict[str, Sequence[Prompt]],
+    look: Look,
+) -> list[Work]:
+    """Each model on its own routes; a student with guidance folded in takes one row where others take two."""
+    stage: Any = recipe.stage(name)
+    found = []
+    for model, routes in routes_of_models(recipe, name, prompts, look).items():
+        guided = folded_scale(recipe, registry, model) == 1
+        for route in routes:
+            samples = _counted(prompts[route], stage.max_prompts) * stage.seeds_per_prompt
+            for prompt, part in _kinds(prompts[route], samples):
+                times = adapter.times(stage.sampling.steps, prompt)[:-1]
+                each = _per_sample(_guidance(registry, stage), Role.ROLLOUT, times) if guided else len(times)
+                found.append(Work(prompt=prompt, samples=part, rows=Rows(forward=part * each)))
+    return found
+
+
+def _counted(prompts: Sequence[Prompt], limit: int | None) -> int:
+    return min(len(prompts), limit or len(prompts))
+
+
+def _kinds(prompts: Sequence[Prompt], samples: int) -> Iterator[tuple[Prompt, int]]:
+    """A prompt of each kind among the first, and its part of the samples; the parts add up."""
+    first: dict[str, Prompt] = {}
+    counts: Counter[str] = Counter()
+    for prompt in islice(prompts, LOOK):
+        first.setdefault(prompt.task, prompt)
+        counts[prompt.task] += 1
+    left = samples
+    for place, (kind, prompt) in enumerate(first.items(), start=1):
+        part = left if place == len(first) else round(samples * counts[kind] / counts.total())
+        left -= part
+        yield prompt, part
+
+
+def _guidance(registry: Registry, stage: Any) -> GuidancePolicy[Any]:
+    guidance: GuidancePolicy[Any] = build(registry, "guidance", stage.guidance)  # type: ignore[assignment]
+    return guidance
+
+
+def _per_sample(guidance: GuidancePolicy[Any], role: Role, times: Tensor) -> int:
+    """Rows of one sample over all steps."""
+    return int((1 + (guidance.scale(role, times) != 1).long()).sum())
+
+
+def _rows(registry: Registry, stage: Any, adapter: ModelAdapter[Any], prompt: Prompt, samples: int) -> Rows:
+    """Rows of `samples` samples of a stage that trains or curates."""
+    if stage.stage == "supervised":
+        return Rows(gradient=samples)
+    guidance, times = _guidance(registry, stage), adapter.times(stage.sampling.steps, prompt)
+    if stage.stage == "curate":
+        return Rows(forward=samples * _per_sample(guidance, Role.ROLLOUT, times[:-1]))
+    timesteps: TimestepSampler[Any] = build(registry, "timesteps", stage.timesteps)  # type: ignore[assignment]
+    trained = len(timesteps.plan(times, generator(0)).train)
+    slot, role = ("objective", Role.ROLLOUT) if stage.stage == "rl" else ("distiller", Role.CURRENT)
+    objective: PolicyObjective[Any] = build(registry, slot, getattr(stage, slot))  # type: ignore[assignment]
+
+    def per_point(role: Role) -> int:
+        return 2 if bool((guidance.scale(role, times[:-1]) != 1).any()) else 1
+
+    frozen = sum(per_point(other) for other in objective.roles() if other is not Role.CURRENT)
+    return Rows(
+        forward=samples * _per_sample(guidance, role, times[:-1]) + samples * trained * frozen,
+        gradient=samples * trained * per_point(Role.CURRENT),
+    )
+
+
+class Speed:
+    """How fast networks are here, each measured once for each kind of prompts."""
+
+    def __init__(self, threads: int | None) -> None:
+        self.threads = threads
+        self._known: dict[str, float | None] = {}
+
+    def seconds(self, adapter: ModelAdapter[Any], part: Work) -> float | None:
+        """Of the rows of `part`; None for a network too large to try."""
+        key = f"{adapter.name} {adapter.options.model_dump_json()} {part.prompt.task}"
+        if key not in self._known:
+            with _threads(self.threads):
+                self._known[key] = seconds_per_row(adapter, part.prompt, torch.device("cpu"))
+        per_row = self._known[key]
+        return None if per_row is None else per_row * part.rows.cost
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch with as many threads as the run would have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def seconds_per_row(adapter: ModelAdapter[Any], prompt: Prompt, device: torch.device) -> float | None:
+    """Measured on 64 rows, for networks small enough to try; None for larger ones."""
+    facts = adapter.describe()
+    if float(facts.get("parameters", 0)) > 50e6:
+        return None
+    net = adapter.load(device)
+    prompts = [prompt] * 4
+    with torch.no_grad():
+        cond = adapter.prepare(net, adapter.encode(prompts))
+        x, rows = adapter.noise(prompts * (TRIED // 4), list(range(TRIED))), torch.arange(TRIED) % 4
+        t = torch.full((TRIED,), 0.5)
+        taken = []
+        for _ in range(5):  # the fastest is the least disturbed; the first also warms up
+            begin = time.perf_counter()
+            adapter.velocity(net, x, t, cond, rows)
+            taken.append(time.perf_counter() - begin)
+    return min(taken) / TRIED
+
+
+def memory(adapter: ModelAdapter[Any], sets: int, teachers: int) -> float:
+    """Bytes of weights, gradients, Adam moments and kept weight sets; activations are not counted."""
+    facts = adapter.describe()
+    total = float(facts.get("parameters", 0))
+    trained = float(facts.get("trainable parameters", total))
+    return BYTES * (total + trained * (1 + 2 + sets + teachers))

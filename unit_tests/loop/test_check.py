@@ -1,0 +1,196 @@
+"""What does not go together is refused before anything runs, and what a run costs is counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from velatura.api import Loss, NoOptions, PolicyObjective, Prompt, Requirements, Role, hookimpl
+from velatura.core import commands
+from velatura.core.check import check_combinations, set_up
+from velatura.core.errors import RecipeError
+from velatura.core.estimate import Speed, Work, work
+from velatura.core.pipeline import Plan, plan_run
+from velatura.core.recipe import load_recipe
+from velatura.core.registry import Registry
+from velatura.core.routes import routes_of_models
+
+TINY = Path(__file__).parents[2] / "integration_tests" / "recipes" / "tiny.yaml"
+
+
+class AsksTeacher(PolicyObjective[NoOptions]):
+    """Needs rewards and a teacher."""
+
+    name = "asks-teacher"
+    requires = Requirements(roles=frozenset({Role.CURRENT, Role.TEACHER}), advantage=True)
+
+    def loss(self, points: Any, velocity: Any) -> Loss:
+        raise NotImplementedError
+
+
+class Compares(PolicyObjective[NoOptions]):
+    """Needs no rewards, but a reference."""
+
+    name = "compares"
+    requires = Requirements(roles=frozenset({Role.CURRENT, Role.REFERENCE}), advantage=False)
+
+    def loss(self, points: Any, velocity: Any) -> Loss:
+        raise NotImplementedError
+
+
+class Plugin:
+    """Both."""
+
+    @staticmethod
+    @hookimpl
+    def velatura_objective() -> list[type[Any]]:
+        return [AsksTeacher, Compares]
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    found = Registry.discover()
+    found.add(Plugin, "odd")
+    return found
+
+
+@pytest.fixture
+def warnings(registry: Registry) -> Callable[..., list[str]]:
+    return lambda *overrides: check_combinations(load_recipe(TINY, overrides), registry)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("stages.warm.objective=nft", "objective 'nft' needs rewards, which a supervised stage does not have"),
+        ("stages.warm.objective=odd/compares", "needs the velocity of reference, which a supervised stage"),
+        ("stages.teacher_t2i.objective=sft", "objective 'sft' does not look at rewards, so it does not go into"),
+        ("stages.teacher_t2i.objective=odd/asks-teacher", "asks a teacher, so it does not go into a stage of kind rl"),
+        ("stages.teacher_t2i.adapter.with.lora_rank=2", "but its teacher 'teacher_t2i' \\(t2i\\) has 'tinyworld' with"),
+    ],
+)
+def test_what_cannot_work_is_refused(warnings: Callable[..., list[str]], override: str, reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        warnings(override)
+
+
+def test_adapters_that_say_the_same_in_other_words_are_the_same(warnings: Callable[..., list[str]]) -> None:
+    assert warnings("stages.teacher_t2i.adapter.with.lora_rank=null") == warnings() == []
+
+
+def test_a_weight_for_a_category_that_no_prompt_has_is_warned_about(warnings: Callable[..., list[str]]) -> None:
+    (said,) = warnings("stages.curate_t2i.rewards.2.weight_by_category={portraits: 0.5}")
+    assert "none of the first 512 prompts is of category 'portraits', so this weight does nothing" in said
+    assert said.endswith("Did you mean 'portrait'?")
+
+
+def test_a_start_with_guidance_folded_in_is_warned_about(warnings: Callable[..., list[str]]) -> None:
+    again = "stages.again={stage: distill, init: student, teachers: {t2i: teacher_t2i}, guidance: {use: teacher-only, with: {scale: 2.0}}}"  # noqa: E501
+    (said,) = warnings(again)
+    assert "stages.again.init: 'student' is a student with guidance 2 folded in" in said
+    assert warnings(again, "stages.student.guidance=none") != warnings(again)
+    assert not any("folded in" in said for said in warnings(again, "stages.student.guidance=none"))
+
+
+def test_guidance_stays_folded_in_through_further_training(warnings: Callable[..., list[str]]) -> None:
+    task = "{use: tinyworld, with: {task: t2i, count: 8}}"
+    more = f"stages.more={{stage: rl, init: student, task: {task}, rewards: [tinyworld-sharpness], guidance: none}}"
+    most = f"stages.most={{stage: rl, init: more, task: {task}, rewards: [tinyworld-sharpness]}}"
+    (said,) = warnings(more, most)
+    assert "stages.most: 'more' has guidance folded in" in said
+
+
+def parts(stage: str, *overrides: str) -> list[Work]:
+    plan: Plan = plan_run(TINY, overrides)
+    adapter = set_up(plan, "adapter", plan.recipe.stage(stage).adapter)  # type: ignore[union-attr]
+    look = lambda ref, split: set_up(plan, "task", ref).prompts(split)  # noqa: E731
+    return work(plan.recipe, plan.registry, stage, adapter, look)
+
+
+def test_a_curation_draws_every_prompt_group_size_times() -> None:
+    (part,) = parts("curate_t2i")
+    assert (part.samples, part.rows.forward) == (8 * 4, 8 * 4 * 3 * 2)  # 3 steps, two branches
+
+
+def test_a_round_of_learning_is_counted() -> None:
+    (part,) = parts("teacher_t2i", "stages.teacher_t2i.objective.with.kl=0.0")
+    assert part.samples == 3 * 4
+    assert part.rows.forward == 12 * 3 * 2 + 12 * 2  # the rollout, and the old policy at 2 of 3 times
+    assert part.rows.gradient == 12 * 2
+
+
+def test_an_evaluation_charges_each_model_on_its_own_routes_and_a_student_without_guidance() -> None:
+    found = parts("compare")
+    each = 4 * 4 * 3  # prompts, seeds, steps
+    cost = [(part.prompt.task, part.rows.forward // each) for part in found]
+    assert cost == [
+        *(("t2i", 2), ("edit", 2)),  # warm
+        *(("t2i", 2), ("edit", 2)),  # the two teachers
+        *(("t2i", 1), ("edit", 1)),  # the student
+    ]
+
+
+def test_a_task_of_both_kinds_is_counted_by_kind_and_the_parts_add_up() -> None:
+    found = parts("warm")
+    assert {part.prompt.task for part in found} == {"t2i", "edit"}
+    assert sum(part.samples for part in found) == sum(part.rows.gradient for part in found) == 16
+
+
+def test_speed_is_measured_under_the_threads_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("velatura.core.estimate.seconds_per_row", lambda *_: seen.append(torch.get_num_threads()) or 1)
+    before = torch.get_num_threads()
+    plan = plan_run(TINY)
+    adapter = set_up(plan, "adapter", plan.recipe.stage("warm").adapter)  # type: ignore[union-attr]
+    speed = Speed(before + 1)
+    costs = [speed.seconds(adapter, part) for part in parts("warm") * 2]
+    assert seen == [before + 1] * 2  # once for each kind
+    assert sum(cost or 0 for cost in costs) == 2 * 3 * 16
+    assert torch.get_num_threads() == before
+
+
+def drawings(kind: str, count: int = 4) -> list[Prompt]:
+    return [Prompt(id=f"{kind}/{i}", text="x", task=kind) for i in range(count)]
+
+
+def test_a_teacher_is_measured_where_its_prompts_are_of_the_same_kind() -> None:
+    recipe = load_recipe(TINY)
+    look = lambda ref, split: drawings(ref.with_["task"])  # noqa: E731
+    prompts = {"scenes": drawings("t2i"), "changes": drawings("edit")}
+    found = routes_of_models(recipe, "compare", prompts, look)
+    every = ["scenes", "changes"]
+    assert found == {"warm": every, "teacher_t2i": ["scenes"], "teacher_edit": ["changes"], "student": every}
+    crossed = routes_of_models(load_recipe(TINY, ["stages.compare.cross_task=true"]), "compare", prompts, look)
+    assert crossed["teacher_t2i"] == every
+
+
+def test_a_model_without_a_route_and_an_evaluation_of_nothing_are_refused() -> None:
+    recipe = load_recipe(TINY)
+    look = lambda ref, split: drawings(ref.with_["task"])  # noqa: E731
+    with pytest.raises(
+        RecipeError, match=r"'teacher_edit' was trained on prompts of kind edit, .*There is: t2i \(t2i\)"
+    ):
+        routes_of_models(recipe, "compare", {"t2i": drawings("t2i")}, look)
+    with pytest.raises(
+        RecipeError, match=r"no stage of the recipe has a task to evaluate on\. Give this stage its own"
+    ):
+        routes_of_models(recipe, "compare", {}, look)
+    with pytest.raises(RecipeError, match="the task of route 't2i' has no prompt"):
+        routes_of_models(recipe, "compare", {"t2i": []}, look)
+
+
+def test_eval_adds_the_baseline_and_asks_that_nothing_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(commands, "run_pipeline", lambda path, overrides, **more: calls.append((overrides, more)))
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": "tiny", "path": str(TINY), "overrides": ["seed=9"]}))
+    commands.eval_run(tmp_path, ["student"])
+    ((overrides, more),) = calls
+    assert overrides == ["seed=9", f"output={tmp_path}", "stages.compare.models=[warm, student]"]
+    assert (more["only"], more["remember"]) == ("compare", False)
