@@ -74,3 +74,15 @@ def test_old_batches_leave_so_that_memory_stays_bounded(monkeypatch) -> None:  #
         encoder.cond(own[i : i + 2])
     encoder.cond(own[:2])
     assert len(adapter.encoded) == 8
+
+
+def test_a_new_step_starts_from_nothing_but_the_null_condition() -> None:
+    adapter, own = Counting(), prompts("t2i", 4)
+    encoder = Encoder(adapter, CPU)
+    encoder.cond(own)
+    encoder.null(own)
+    encoder.forget()
+    encoder.cond(own)
+    encoder.null(own)
+    assert len(adapter.encoded) == 8
+    assert adapter.nulls == 1

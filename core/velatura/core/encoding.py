@@ -1,4 +1,4 @@
-"""Conditionings, computed once per prompt and kept while they may be asked for again."""
+"""Conditionings, computed once per prompt and step, the null condition once per run."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ class Encoder:
             stored = self._nulls[()] = self.adapter.null(prompts[:1]).to(self.device)
         self._nulls.move_to_end(())
         return stored.select(torch.zeros(len(prompts), dtype=torch.int64, device=self.device))
+
+    def forget(self) -> None:
+        """Begin a step with nothing but the run's null condition.
+
+        Rows are taken from earlier batches in the order in which those hold them, and batched arithmetic rounds by
+        order: what a step computes must not depend on what happened before it, or a resumed run would differ.
+        """
+        self._conds.clear()
+        kept = self._nulls.get(())
+        self._nulls.clear()
+        if kept is not None:
+            self._nulls[()] = kept
 
     def _rows(
         self, kept: OrderedDict[tuple[Key, ...], Conditioning], prompts: Sequence[Prompt], encode: Any

@@ -48,6 +48,7 @@ class Loop:
     def step(self, index: int) -> dict[str, float]:
         """The student draws a few prompts of every route; one optimiser step on what the teachers say."""
         watch, config = Stopwatch(), self.stage.config
+        self.learner.encoder.forget()
         batches: list[MicroBatch] = []
         with watch.phase("rollout"):
             for route, stream in self.streams.items():

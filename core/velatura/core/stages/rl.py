@@ -47,6 +47,7 @@ class Loop:
     def step(self, index: int) -> dict[str, float]:
         """Sample, judge, learn."""
         config, watch = self.stage.config, Stopwatch()
+        self.learner.encoder.forget()
         prompts = next(self.stream)
         with watch.phase("rollout"):
             made, rollout_rows = self.sample(index, prompts)

@@ -40,6 +40,7 @@ def run(stage: StageRun) -> dict[str, Any]:
 
     def step(index: int) -> dict[str, float]:
         watch = Stopwatch()
+        learner.encoder.forget()
         with watch.phase("data"):
             batches = list(micro_batches(stage, training, next(stream), index))
         with watch.phase("update"):
