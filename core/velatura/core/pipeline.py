@@ -321,7 +321,10 @@ def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def _execute(plan: Plan, name: str, config: Any, console: Console | None) -> dict[str, Any]:
     import torch
 
+    from velatura.core.allocator import keep_freed_memory
     from velatura.core.stages.common import StageRun
+
+    keep_freed_memory()
 
     module = import_module(f"velatura.core.stages.{config.stage}")
     engine = plan.recipe.engine
