@@ -23,8 +23,6 @@ RECIPES = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("examples/*/*.yaml")]
 SHIPPED = ROOT / "recipes" / "tinyworld.yaml"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-PENDING = {"docs/images/before-after.png"}
-"""Linked, and made by the demo."""
 
 
 def name_of(path: Path) -> str:
@@ -163,7 +161,7 @@ def test_every_internal_link_exists(page):
         if target.startswith(("http://", "https://")):
             continue
         file = (page.parent / path).resolve() if path else page
-        assert file.exists() or name_of(file) in PENDING, target
+        assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}, target
