@@ -316,7 +316,7 @@ def test_weights_that_are_not_what_a_finished_stage_left(harm: str, refused: Ref
     assert "--stage warm --fresh" in message
     assert before <= {path for path in RUN.rglob("*") if path.is_file()}
     if harm == "cut":
-        assert "warm/weights.safetensors is not what the stage left" in refused(
+        assert "warm: weights.safetensors is not what the stage left" in refused(
             "run", "tiny.yaml", "--stage", "student", "--fresh"
         )
     assert main(["run", "tiny.yaml", "--stage", "warm", "--fresh"]) == 0
@@ -355,9 +355,15 @@ def test_an_earlier_checkpoint_is_used_when_the_newest_is_truncated(workspace: P
 
 
 def test_a_checkpoint_of_another_model(refused: Refused) -> None:
-    message = refused("run", "tiny.yaml", "stages.teacher_t2i.adapter.with.layers=1")
+    narrower = [f"stages.{stage}.adapter.with.layers=1" for stage in ("teacher_t2i", "teacher_edit", "student")]
+    message = refused("run", "tiny.yaml", *narrower)
     assert "warm/weights.safetensors is of another model: first difference 'transformer_blocks.1." in message
     assert "Use the recipe that made it" in message
+
+
+def test_a_teacher_whose_weights_the_student_cannot_wear(refused: Refused) -> None:
+    message = refused("run", "tiny.yaml", "stages.teacher_t2i.adapter.with.layers=1")
+    assert "give both the same adapter" in message
 
 
 @pytest.mark.parametrize("harm", ["cut", "other", "gone"])

@@ -165,20 +165,25 @@ def file_hash(path: Path) -> str:
 
 def _require_current(plan: Plan, only: str) -> None:
     """One stage alone must not build on results that its recipe would not make."""
-    waiting, seen = [only], set()
+    needed: set[str] = set()
+    waiting = [only]
     while waiting:
-        for name in plan.recipe.dependencies(waiting.pop()):
-            path = plan.folder / name / "manifest.json"
-            if name in seen or not path.exists():
-                continue
-            seen.add(name)
-            waiting.append(name)
-            changed = _difference(json.loads(path.read_text())["inputs"], stage_inputs(plan, name))
-            if changed:
-                raise RecipeError(
-                    f"stage '{only}' builds on '{name}', which was made with another {', '.join(changed)}. Run "
-                    f"'{name}' first, or leave --stage out."
-                )
+        new = set(plan.recipe.dependencies(waiting.pop())) - needed
+        needed |= new
+        waiting += new
+    for name in plan.recipe.order():
+        path = plan.folder / name / "manifest.json"
+        if name not in needed or not path.exists():
+            continue
+        manifest = json.loads(path.read_text())
+        if manifest["status"] == "finished":
+            _require_untouched(plan.folder / name, manifest)
+        changed = _difference(manifest["inputs"], stage_inputs(plan, name))
+        if changed:
+            raise RecipeError(
+                f"stage '{only}' builds on '{name}', which was made with another {', '.join(changed)}. Run '{name}' "
+                f"first, or leave --stage out."
+            )
 
 
 def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, remember: bool) -> None:
