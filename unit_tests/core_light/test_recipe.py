@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from velatura.core.errors import RecipeError
 from velatura.core.recipe import Recipe, Ref, RewardRef, content_hash, load_recipe, recipe_schema
+from velatura.core.shipped import find_recipe
 
 Write = Callable[..., str]
 
@@ -419,3 +421,17 @@ def test_what_a_base_model_learns_from_is_no_test_where_there_are_others(write: 
         "stages.learn={stage: rl, prompts: pick, rewards: [good]}",
     ]
     assert load_recipe("recipe.yaml", both).tasks_of("judge") == {"pick": Ref(use="world")}
+
+
+def test_a_shipped_recipe_is_found_by_its_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = find_recipe(Path("tinyworld"))
+    assert shipped.is_file()
+    assert shipped.name == "tinyworld.yaml"
+    assert find_recipe(Path("recipes/tinyworld.yaml")) == shipped
+    assert find_recipe(Path("elsewhere/tinyworld.yaml")) == Path("elsewhere/tinyworld.yaml")
+    own = tmp_path / "tinyworld"
+    own.write_text("stages: {}")
+    assert find_recipe(Path("tinyworld")) == Path("tinyworld"), "a file of one's own comes first"
+    with pytest.raises(RecipeError, match="Did you mean 'tinyworld'"):
+        load_recipe(Path("tinywrld"))

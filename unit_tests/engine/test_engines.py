@@ -354,6 +354,63 @@ def test_what_would_train_wrongly_is_refused(config: EngineConfig, message: str)
         make_engine(new_net(), config, OptimizerConfig(lr=1.0))
 
 
+class Blocks(nn.Module):
+    """What a transformer looks like from outside: matrices in a list of blocks, and others around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor, extra: bool = True) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(self.first(x) if block is self.blocks[0] else x))
+        return x
+
+
+MUON = OptimizerConfig(lr=1e-2, kind="muon", matrix_lr=0.1, schedule="linear", total=4)
+
+
+def test_muon_turns_the_matrices_of_the_blocks_by_orthogonal_steps_and_leaves_the_rest_to_adamw() -> None:
+    plain, net = Blocks(), Blocks()
+    for module, config in ((plain, replace(MUON, kind="adamw")), (net, MUON)):
+        engine = make_engine(module, CONFIGS["local"], config)
+        engine.backward(loss(engine, batch(0)), last=True)
+        engine.step()
+    step = (net.blocks[0].weight - Blocks().blocks[0].weight) / -0.1
+    singular = torch.linalg.svdvals(step.detach())
+    assert singular[:-1].min() > 0.5, "all directions move alike, whatever the size of the gradient in them"
+    assert singular.max() < 1.3
+    for name in ("first.weight", "first.bias", "blocks.0.bias"):
+        assert torch.equal(net.get_parameter(name), plain.get_parameter(name)), name
+
+
+def test_muon_resumes_bit_for_bit_and_follows_the_schedule(tmp_path: Path) -> None:
+    whole = make_engine(Blocks(), CONFIGS["local"], MUON)
+    train(whole, range(4))
+    first = make_engine(Blocks(), CONFIGS["local"], MUON)
+    train(first, range(2))
+    sections = {"policy": first.module.state_dict(), "optimizer": first.state_dict()}
+    saved = load_checkpoint(save_checkpoint(tmp_path, 2, sections, {}, keep=1))
+    resumed = make_engine(Blocks(), CONFIGS["local"], MUON)
+    resumed.module.load_state_dict(saved.tensors["policy"])
+    resumed.load_state_dict(saved.tensors["optimizer"])
+    train(resumed, range(2, 4))
+    assert same(weights(resumed.module), weights(whole.module))
+    assert same(resumed.state_dict(), whole.state_dict())
+    before = weights(resumed.module)
+    train(resumed, range(4, 5))
+    assert same(weights(resumed.module), before), "after the last update of a linear schedule both rates are 0"
+
+
+def test_muon_is_refused_where_it_has_nothing_to_do_or_no_whole_matrices() -> None:
+    with pytest.raises(VelaturaError, match="no matrix to train inside a block"):
+        make_engine(new_net(), CONFIGS["local"], MUON)
+    with pytest.raises(VelaturaError, match=r"engine\.kind to 'local'"):
+        make_engine(Blocks(), CONFIGS["zero-1"], MUON)
+
+
 def test_a_model_without_trained_parameters_is_refused() -> None:
     for config in (CONFIGS["local"], CONFIGS["zero-1"]):
         with pytest.raises(VelaturaError, match="nothing to train"):

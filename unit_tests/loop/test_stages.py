@@ -107,6 +107,20 @@ def test_supervised_points_lie_between_the_given_picture_and_noise(supervised: S
         assert 0 < t < 1
 
 
+def test_a_picture_may_give_several_points_that_read_its_prompt_once(supervised: StageRun, training: Any) -> None:
+    config = supervised.config.model_copy(update={"points": 3})
+    prompts = both_tasks(supervised, 4)
+    batches = micro_batches(replace(supervised, config=config), training, prompts, 0)
+    assert [len(batch.prompts) for batch in batches] == [2, 2]
+    for batch in batches:
+        assert batch.rows.tolist() == [0, 0, 0, 1, 1, 1]
+        x0 = training.adapter.latents(torch.stack([p.target for p in batch.prompts]))
+        torch.testing.assert_close(batch.points.x0, x0.repeat_interleave(3, 0))
+        assert len(batch.points.t.unique()) == 6
+        assert len({tuple(noise.flatten().tolist()) for noise in batch.points.target}) == 6
+    torch.testing.assert_close(sum(batch.points.weight.sum() for batch in batches), torch.tensor(1.0))
+
+
 def test_supervised_points_are_a_function_of_seed_and_step(supervised: StageRun, training: Any) -> None:
     prompts = both_tasks(supervised, 4)
     first, again = (micro_batches(supervised, training, prompts, 5)[0].points for _ in range(2))

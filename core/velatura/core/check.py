@@ -34,6 +34,7 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
     categories = Categories(recipe, registry)
     for name in recipe.order():
         stage = recipe.stage(name)
+        _check_optimizer(recipe, name, stage)
         if stage.stage == "rl":
             _check_rl(recipe, registry, name, stage)
         if stage.stage == "supervised":
@@ -46,6 +47,16 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
         if stage.stage in ("rl", "curate"):
             warnings += _check_categories(recipe, name, stage, categories)
     return warnings
+
+
+def _check_optimizer(recipe: Recipe, name: str, stage: Any) -> None:
+    """Muon needs every matrix whole."""
+    optimizer = getattr(stage, "optimizer", None)
+    if optimizer is not None and optimizer.kind == "muon" and recipe.engine.kind != "local":
+        raise RecipeError(
+            f"{recipe.at(('stages', name, 'optimizer', 'kind'))}: muon needs whole matrices, and DeepSpeed's ZeRO "
+            f"deals them out in pieces. Set engine.kind to 'local', or take 'adamw'."
+        )
 
 
 def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:

@@ -32,7 +32,7 @@ from velatura.core.settings import ExportStage
 
 RESULTS = ("weights.safetensors", "kept.json", "samples.parquet")
 """Files whose content is a stage's result, for the stages that build on it."""
-WATCHING = ("observers", "checkpoint_every", "keep_checkpoints", "max_failed")
+WATCHING = ("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "max_failed")
 """Options of a stage that its result does not depend on."""
 LIBRARIES = ("torch", "diffusers", "deepspeed", "transformers", "numpy", "scipy")
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from velatura.core.errors import RecipeError, suggest
+from velatura.core.shipped import shipped_recipes
 
 Key = int | str
 Location = tuple[Key, ...]
@@ -102,8 +103,10 @@ def _text(path: Path) -> str:
 
 
 def _recipes_like(name: str, folder: Path) -> str:
-    """The recipes of a folder, as a suggestion."""
+    """The recipes of a folder, and those that ship where a name is given, as a suggestion."""
     names = [found.name for found in folder.glob("*.y*ml")]
+    if name:
+        names += [found.stem for found in shipped_recipes()]
     return suggest(name, names) if names else ""
 
 

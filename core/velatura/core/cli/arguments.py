@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from velatura.core.shipped import find_recipe
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,13 +41,19 @@ def new_console() -> Console:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """`RECIPE [path=value ...]`."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe, a YAML file")
+    parser.add_argument(
+        "recipe", type=_recipe, metavar="RECIPE", help="the recipe: a YAML file, or the name of one that ships"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="path=value",
         help="values in place of the recipe's, like stages.teacher_t2i.objective.with.beta=0.5",
     )
+
+
+def _recipe(given: str) -> Path:
+    return find_recipe(Path(given))
 
 
 def add_run_folder(parser: argparse.ArgumentParser) -> None:

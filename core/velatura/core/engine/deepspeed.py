@@ -36,7 +36,7 @@ class DeepSpeedEngine:
 
     def __init__(self, module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> None:
         """Take over `module`: move it to the device and the precision, and train what requires a gradient."""
-        _refuse(config)
+        _refuse(config, optimizer)
         device = choose_device(config.device)
         with _quiet():
             deepspeed = _launch(device)
@@ -172,8 +172,13 @@ class DeepSpeedEngine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _refuse(config: EngineConfig) -> None:
+def _refuse(config: EngineConfig, optimizer: OptimizerConfig) -> None:
     """Combinations that would train wrongly."""
+    if optimizer.kind == "muon":
+        raise VelaturaError(
+            "optimizer.kind muon needs whole matrices, and DeepSpeed's ZeRO deals them out in pieces. Set engine.kind "
+            "to 'local', or optimizer.kind to 'adamw'."
+        )
     if config.zero_stage == 3:
         raise VelaturaError(
             "engine.zero_stage 3 shards the weights, which rollouts and roles cannot read yet. Use 2: it shards "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from velatura.core.checkpoint import match_tensors
+from velatura.core.engine.muon import MOMENTUM, block_matrices, muon
 from velatura.core.engine.protocol import EngineConfig, OptimizerConfig, StepInfo
 from velatura.core.errors import VelaturaError
 
@@ -20,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LocalEngine:
-    """AdamW on the module's own parameters, or on fp32 copies of them where the module is bf16."""
+    """AdamW, or Muon beside it, on the module's own parameters, or on fp32 copies of them where the module is bf16."""
 
     def __init__(self, module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> None:
         """Take over `module`: move it to the device and the precision, and train what requires a gradient."""
@@ -36,7 +37,14 @@ class LocalEngine:
         self._complete = False
         self._weights = trained_parameters(module)
         self._masters = {name: _master(p) for name, p in self._weights.items()}
-        self._adam = adamw(list(self._masters.values()), optimizer)
+        matrices = block_matrices(module, self._masters) if optimizer.kind == "muon" else {}
+        rest = {name: master for name, master in self._masters.items() if name not in matrices}
+        self._optimizers: list[tuple[torch.optim.Optimizer, float, tuple[str, ...], dict[str, nn.Parameter]]] = []
+        if rest:
+            self._optimizers.append((adamw(list(rest.values()), optimizer), 1.0, MOMENTS, rest))
+        if matrices:
+            share = optimizer.matrix_lr / optimizer.lr
+            self._optimizers.append((muon(list(matrices.values()), optimizer), share, MOMENTUM, matrices))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`."""
@@ -51,8 +59,9 @@ class LocalEngine:
         norm = clip(list(self._masters.values()), self._config.clip_norm)
         updated = bool(norm.isfinite())
         if updated:
-            set_rate(self._adam, rate)
-            self._adam.step()
+            for updater, share, _, _ in self._optimizers:
+                set_rate(updater, rate * share)
+                updater.step()
             self._updates += 1
             self._publish()
         self.zero_grad()
@@ -60,7 +69,8 @@ class LocalEngine:
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""
-        self._adam.zero_grad(set_to_none=True)
+        for updater, *_ in self._optimizers:
+            updater.zero_grad(set_to_none=True)
         self._complete = False
 
     def gradients(self) -> dict[str, Tensor]:
@@ -83,10 +93,12 @@ class LocalEngine:
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, fp32 masters where the module is bf16, and the count of updates."""
         state = {"updates": torch.tensor(self._updates)}
+        for updater, _, moments, owned in self._optimizers:
+            for name, master in owned.items():
+                for moment in moments:
+                    kept = updater.state[master].get(moment, torch.zeros_like(master))
+                    state[f"{moment}/{name}"] = kept.detach().cpu().clone()
         for name, master in self._masters.items():
-            kept = self._adam.state[master]
-            for moment in MOMENTS:
-                state[f"{moment}/{name}"] = kept.get(moment, torch.zeros_like(master)).detach().cpu().clone()
             if master is not self._weights[name]:
                 state[f"master/{name}"] = master.detach().cpu().clone()
         return state
@@ -95,9 +107,12 @@ class LocalEngine:
         """Go on from `state`; the module must hold the weights that belong to it."""
         match_tensors(self.state_dict(), state, what="the optimiser state")
         self._updates = int(state["updates"])
+        for updater, _, moments, owned in self._optimizers:
+            for name, master in owned.items():
+                updater.state[master] = {m: state[f"{m}/{name}"].to(master, copy=True) for m in moments}
+                if moments is MOMENTS:
+                    updater.state[master]["step"] = torch.tensor(float(self._updates), device=self.device)
         for name, master in self._masters.items():
-            self._adam.state[master] = {m: state[f"{m}/{name}"].to(master, copy=True) for m in MOMENTS}
-            self._adam.state[master]["step"] = torch.tensor(float(self._updates), device=self.device)
             if master is not self._weights[name]:
                 master.data.copy_(state[f"master/{name}"])
         self.zero_grad()

@@ -15,10 +15,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, clipping by the global norm, and a learning rate schedule; the same in every engine."""
+    """AdamW or Muon, clipping by the global norm, and a learning rate schedule; the same in every engine."""
 
     lr: float
     """The highest learning rate of the schedule."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: matrices inside the network's blocks get orthogonalised updates, everything else AdamW."""
+    matrix_lr: float = 0.02
+    """The highest rate of Muon's matrices; it follows the schedule of `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0

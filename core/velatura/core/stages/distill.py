@@ -63,7 +63,7 @@ class Loop:
         if (index + 1) % config.probe_every == 0 or index + 1 == config.steps or index == 0:
             with watch.phase("probe"):
                 metrics |= self.probe()
-        if (index + 1) % config.checkpoint_every == 0 or index + 1 == config.steps:
+        if (index + 1) % config.pictures_every == 0 or index + 1 == config.steps:
             with watch.phase("pictures"):
                 for showcase in self.showcases:
                     showcase.draw(index + 1)

@@ -26,8 +26,6 @@ from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
 from velatura.core.types import Advantages, Prompt, RewardReport, Role, Rollout, group_rows
 
-SETS = (SET_OF[Role.OLD], SET_OF[Role.REFERENCE])
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
@@ -59,7 +57,7 @@ class Loop:
         with watch.phase("update"):
             tally = self.learn(index, made, advantages)
         self.learner.policy.follow(SET_OF[Role.OLD], self.learner.objective.old_decay(index))
-        if (index + 1) % config.checkpoint_every == 0 or index + 1 == config.steps:
+        if (index + 1) % config.pictures_every == 0 or index + 1 == config.steps:
             with watch.phase("pictures"):
                 self.showcase.draw(index + 1)
         return {
@@ -175,7 +173,9 @@ def training_prompts(stage: StageRun) -> Sequence[Prompt]:
 def run(stage: StageRun) -> dict[str, Any]:
     """Train one teacher."""
     config = stage.config
-    training = Training(stage, sets=SETS, updates_per_step=config.updates_per_step)
+    training = Training(
+        stage, sets=(SET_OF[Role.OLD],), fixed=(SET_OF[Role.REFERENCE],), updates_per_step=config.updates_per_step
+    )
     learner = Learner(
         engine=training.engine,
         policy=training.policy,

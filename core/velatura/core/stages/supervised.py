@@ -60,21 +60,26 @@ def micro_batches(stage: StageRun, training: Training, prompts: Sequence[Prompt]
     """One forward per layout; times are logit-normal, and some prompts lose their text so that guidance can work."""
     config = stage.config
     draw = generator(stage.seed, "supervised", index)
-    t = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(len(prompts), generator=draw))
+    t = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(len(prompts), config.points, generator=draw))
     dropped = torch.rand(len(prompts), generator=draw) < config.drop_condition
-    targets = [_target(stage, prompt) for prompt in prompts]
-    noise = torch.randn((len(prompts), *_latent_shape(training, targets[0])), generator=draw)
+    targets = training.adapter.latents(
+        torch.stack([_target(stage, prompt) for prompt in prompts]).to(training.engine.device)
+    )
+    noise = torch.randn((len(prompts), config.points, *targets.shape[1:]), generator=draw)
     shown = [replace(p, text="") if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
     order = sorted(range(len(shown)), key=lambda i: len(shown[i].sources))
     result = []
     for rows in by_layout(shown, order, len(shown)):
-        x0 = training.adapter.latents(torch.stack([targets[i] for i in rows]).to(stage.device))
         at = torch.tensor(rows)
-        result.append(_points([shown[i] for i in rows], x0, t[at].to(x0), noise[at].to(x0), len(shown)))
+        x0 = targets[at.to(targets.device)]
+        result.append(_points([shown[i] for i in rows], x0, t[at].to(x0), noise[at].to(x0), t.numel()))
     return result
 
 
 def _points(prompts: Sequence[Prompt], x0: Tensor, t: Tensor, noise: Tensor, total: int) -> MicroBatch:
+    """K points [P K] of each of P pictures [P ...], all of a prompt's in a row."""
+    rows = torch.arange(len(prompts), device=x0.device).repeat_interleave(t.shape[1])
+    x0, t, noise = x0[rows], t.flatten(), noise.flatten(0, 1)
     share = t.reshape(-1, *[1] * (x0.ndim - 1))
     points = Points(
         x=(1 - share) * x0 + share * noise,
@@ -84,11 +89,7 @@ def _points(prompts: Sequence[Prompt], x0: Tensor, t: Tensor, noise: Tensor, tot
         x0=x0,
         target=noise - x0,
     )
-    return MicroBatch(prompts=tuple(prompts), rows=torch.arange(len(prompts), device=x0.device), points=points)
-
-
-def _latent_shape(training: Training, target: Tensor) -> tuple[int, ...]:
-    return tuple(training.adapter.latents(target[None].to(training.engine.device)).shape[1:])
+    return MicroBatch(prompts=tuple(prompts), rows=rows, points=points)
 
 
 def _target(stage: StageRun, prompt: Prompt) -> Tensor:

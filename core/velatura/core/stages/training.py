@@ -25,17 +25,20 @@ from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, m
 class Training:
     """State of a looping stage: what is saved, restored, logged and finished."""
 
-    def __init__(self, run: StageRun, *, sets: tuple[str, ...], updates_per_step: int = 1) -> None:
-        """`sets`: weight sets that start as copies of the initial weights and are part of a checkpoint."""
+    def __init__(
+        self, run: StageRun, *, sets: tuple[str, ...], fixed: tuple[str, ...] = (), updates_per_step: int = 1
+    ) -> None:
+        """`sets`: weight sets that start as copies of the initial weights and are part of a checkpoint; `fixed`: that
+        stay as they start, so that a resumed run has them from where it started."""
         self.run = run
         self.config = run.config
         self.adapter: ModelAdapter[Any] = run.adapter()
         self.policy: Policy = run.load_policy(self.adapter, self.config.init)
-        self._sets = sets
+        self._sets, self._fixed = sets, fixed
         self.initial = {name: value.clone() for name, value in self.policy.weights().items()}
         optimizer = OptimizerConfig(**self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step)
         self.engine: Engine = make_engine(self.policy.net, run.engine_config(), optimizer)
-        for name in sets:
+        for name in (*sets, *fixed):
             self.policy.remember(name)
         self.start = self._resume()
         self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start)
@@ -52,6 +55,7 @@ class Training:
         self.policy.load(found.tensors["policy"], what=what)
         for name in self._sets:
             self.policy.put(name, found.tensors[f"set-{name}"], what=what)
+        for name in (*self._sets, *self._fixed):
             if found.state["same_as_current"].get(name):
                 self.policy.mark_same(name, CURRENT)
         self.engine.load_state_dict(found.tensors["optimizer"])
@@ -69,7 +73,7 @@ class Training:
         state = {
             "stage": self.run.name,
             "seed": self.run.seed,
-            "same_as_current": {name: self.policy.same(name, CURRENT) for name in self._sets},
+            "same_as_current": {name: self.policy.same(name, CURRENT) for name in (*self._sets, *self._fixed)},
         }
         folder = self._checkpoints
         if self.engine.rank == 0:
