@@ -14,7 +14,7 @@ from velatura.api import Loss, NoOptions, PolicyObjective, Prompt, Requirements,
 from velatura.core import commands
 from velatura.core.check import check_combinations, set_up
 from velatura.core.errors import RecipeError
-from velatura.core.estimate import Speed, Work, work
+from velatura.core.estimate import RowSeconds, Speed, Work, work
 from velatura.core.pipeline import Plan, plan_run
 from velatura.core.recipe import load_recipe
 from velatura.core.registry import Registry
@@ -139,11 +139,17 @@ def test_a_task_of_both_kinds_is_counted_by_kind_and_the_parts_add_up() -> None:
     found = parts("warm")
     assert {part.prompt.task for part in found} == {"t2i", "edit"}
     assert sum(part.samples for part in found) == sum(part.rows.gradient for part in found) == 16
+    assert sum(part.rows.gradient for part in parts("warm", "stages.warm.points=3")) == 48
 
 
 def test_speed_is_measured_under_the_threads_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("velatura.core.estimate.seconds_per_row", lambda *_: seen.append(torch.get_num_threads()) or 1)
+
+    def measured(*_: object) -> RowSeconds:
+        seen.append(torch.get_num_threads())
+        return RowSeconds(forward=1.0, gradient=3.0)
+
+    monkeypatch.setattr("velatura.core.estimate.seconds_per_row", measured)
     before = torch.get_num_threads()
     plan = plan_run(TINY)
     adapter = set_up(plan, "adapter", plan.recipe.stage("warm").adapter)  # type: ignore[union-attr]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from velatura.core.types import Prompt, Role
 
 BYTES = 4
 """fp32."""
-TRIED = 64
+TRIED = 128
 """Rows in one forward when speed is measured."""
+SHARED = 16
+"""Rows of a prompt, when speed is measured: its prefix is computed once for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +39,6 @@ class Rows:
     """Without gradient."""
     gradient: int = 0
     """With forward and backward."""
-
-    @property
-    def cost(self) -> int:
-        """In forward rows; a backward costs about two forwards."""
-        return self.forward + 3 * self.gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +124,7 @@ def _per_sample(guidance: GuidancePolicy[Any], role: Role, times: Tensor) -> int
 def _rows(registry: Registry, stage: Any, adapter: ModelAdapter[Any], prompt: Prompt, samples: int) -> Rows:
     """Rows of `samples` samples of a stage that trains or curates."""
     if stage.stage == "supervised":
-        return Rows(gradient=samples)
+        return Rows(gradient=samples * stage.points)
     guidance, times = _guidance(registry, stage), adapter.times(stage.sampling.steps, prompt)
     if stage.stage == "curate":
         return Rows(forward=samples * _per_sample(guidance, Role.ROLLOUT, times[:-1]))
@@ -145,12 +143,21 @@ def _rows(registry: Registry, stage: Any, adapter: ModelAdapter[Any], prompt: Pr
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSeconds:
+    """What a transformer row takes on this machine, its share of the prompt's prefix included."""
+
+    forward: float
+    gradient: float
+    """Forward and backward."""
+
+
 class Speed:
     """How fast networks are here, each measured once for each kind of prompts."""
 
     def __init__(self, threads: int | None) -> None:
         self.threads = threads
-        self._known: dict[str, float | None] = {}
+        self._known: dict[str, RowSeconds | None] = {}
 
     def seconds(self, adapter: ModelAdapter[Any], part: Work) -> float | None:
         """Of the rows of `part`; None for a network too large to try."""
@@ -158,8 +165,8 @@ class Speed:
         if key not in self._known:
             with _threads(self.threads):
                 self._known[key] = seconds_per_row(adapter, part.prompt, torch.device("cpu"))
-        per_row = self._known[key]
-        return None if per_row is None else per_row * part.rows.cost
+        row = self._known[key]
+        return None if row is None else row.forward * part.rows.forward + row.gradient * part.rows.gradient
 
 
 @contextmanager
@@ -173,23 +180,35 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def seconds_per_row(adapter: ModelAdapter[Any], prompt: Prompt, device: torch.device) -> float | None:
-    """Measured on 64 rows, for networks small enough to try; None for larger ones."""
-    facts = adapter.describe()
-    if float(facts.get("parameters", 0)) > 50e6:
+def seconds_per_row(adapter: ModelAdapter[Any], prompt: Prompt, device: torch.device) -> RowSeconds | None:
+    """Measured on a few batches, for networks small enough to try; None for larger ones."""
+    if float(adapter.describe().get("parameters", 0)) > 50e6:
         return None
     net = adapter.load(device)
-    prompts = [prompt] * 4
+    prompts = [prompt] * (TRIED // SHARED)
+    x = adapter.noise(prompts * SHARED, list(range(TRIED)))
+    t, rows = torch.full((TRIED,), 0.5), torch.arange(TRIED) % len(prompts)
+    encoded = adapter.encode(prompts)
+
+    def once() -> Tensor:
+        return adapter.velocity(net, x, t, adapter.prepare(net, encoded), rows)
+
+    def learn() -> None:
+        once().square().mean().backward()  # type: ignore[no-untyped-call]
+
     with torch.no_grad():
-        cond = adapter.prepare(net, adapter.encode(prompts))
-        x, rows = adapter.noise(prompts * (TRIED // 4), list(range(TRIED))), torch.arange(TRIED) % 4
-        t = torch.full((TRIED,), 0.5)
-        taken = []
-        for _ in range(5):  # the fastest is the least disturbed; the first also warms up
-            begin = time.perf_counter()
-            adapter.velocity(net, x, t, cond, rows)
-            taken.append(time.perf_counter() - begin)
-    return min(taken) / TRIED
+        forward = _usual(once)
+    return RowSeconds(forward=forward / TRIED, gradient=_usual(learn) / TRIED)
+
+
+def _usual(call: Callable[[], object]) -> float:
+    """Median seconds of five calls, after one that warms up."""
+    taken = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - begin)
+    return median(taken[1:])
 
 
 def memory(adapter: ModelAdapter[Any], sets: int, teachers: int) -> float:
