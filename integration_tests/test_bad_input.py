@@ -284,6 +284,11 @@ def test_the_output_folder_of_another_recipe(refused: Refused) -> None:
     assert "runs/tiny belongs to recipe 'tiny', not to 'other'" in message
     assert "output=runs/other" in message
     assert json.loads((RUN / "run.json").read_text())["recipe"] == "tiny"
+    Path("mine").mkdir()
+    Path("mine/tiny.yaml").write_text(Path("tiny.yaml").read_text().replace("seed: 5", "seed: 6"))
+    message = refused("run", "mine/tiny.yaml")
+    assert "runs/tiny belongs to another recipe of that name" in message
+    assert "output=runs/another-tiny" in message
 
 
 def test_an_output_folder_that_is_no_run(refused: Refused) -> None:
@@ -322,6 +327,13 @@ def test_weights_that_are_not_what_a_finished_stage_left(harm: str, refused: Ref
     assert main(["run", "tiny.yaml", "--stage", "warm", "--fresh"]) == 0
     assert main(["run", "tiny.yaml"]) == 0
     assert {path.name.rsplit("-", 2)[0] for path in (RUN / "replaced").iterdir()} <= {"warm", "student"}
+
+
+def test_an_export_that_is_gone(refused: Refused) -> None:
+    shutil.rmtree(RUN / "export" / "model")
+    message = refused("run", "tiny.yaml")
+    assert "runs/tiny/export: what it wrote is not what the stage left" in message
+    assert "--stage export --fresh" in message
 
 
 def unfinished(stage: str) -> Path:

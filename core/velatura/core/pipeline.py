@@ -32,6 +32,7 @@ from velatura.core.settings import ExportStage
 
 RESULTS = ("weights.safetensors", "kept.json", "samples.parquet")
 """Files whose content is a stage's result, for the stages that build on it."""
+EXPORTED = "model/**/*.safetensors"
 WATCHING = ("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "max_failed")
 """Options of a stage that its result does not depend on."""
 LIBRARIES = ("torch", "diffusers", "deepspeed", "transformers", "numpy", "scipy")
@@ -153,8 +154,13 @@ def _texts(value: Any) -> Iterator[str]:
 
 def result_hash(folder: Path) -> str:
     """Hash of what a finished stage leaves for others; empty while there is nothing."""
-    found = [file_hash(folder / name) for name in RESULTS if (folder / name).exists()]
+    found = [file_hash(path) for path in _results(folder)]
     return content_hash(found) if found else ""
+
+
+def _results(folder: Path) -> list[Path]:
+    """Those of a stage's files that are its result; of an exported model, all weights."""
+    return [folder / name for name in RESULTS if (folder / name).exists()] + sorted(folder.glob(EXPORTED))
 
 
 def file_hash(path: Path) -> str:
@@ -192,11 +198,17 @@ def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, remember:
 
     folder, marker = plan.folder, plan.folder / "run.json"
     if marker.exists():
-        owner = json.loads(marker.read_text())["recipe"]
-        if owner != recipe_path.stem:
+        owner = json.loads(marker.read_text())
+        if owner["recipe"] != recipe_path.stem:
             raise RecipeError(
-                f"{folder} belongs to recipe '{owner}', not to '{recipe_path.stem}'. Choose another folder: "
+                f"{folder} belongs to recipe '{owner['recipe']}', not to '{recipe_path.stem}'. Choose another folder: "
                 f"velatura run {recipe_path} output=runs/{recipe_path.stem}"
+            )
+        moved_together = owner.get("relative") == os.path.relpath(recipe_path, folder)
+        if not moved_together and _is_another(Path(owner["path"]), recipe_path):
+            raise RecipeError(
+                f"{folder} belongs to another recipe of that name, {owner['path']}. Choose another folder: velatura "
+                f"run {recipe_path} output=runs/another-{recipe_path.stem}"
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"{folder} exists, is not empty, and is not a run of Velatura. Choose another `output`.")
@@ -206,7 +218,8 @@ def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, remember:
         raise RecipeError(f"cannot make the run folder {folder}: {error}. Choose another `output`.") from error
     if remember or not marker.exists():
         write_json_atomic(marker, {
-            "recipe": recipe_path.stem, "path": str(recipe_path.resolve()), "overrides": list(overrides),
+            "recipe": recipe_path.stem, "path": str(recipe_path.resolve()),
+            "relative": os.path.relpath(recipe_path, folder), "overrides": list(overrides),
         })  # fmt: skip
     write_text_atomic(folder / "recipe.yaml", recipe_path.read_text())
     write_json_atomic(folder / "resolved.json", {
@@ -214,6 +227,11 @@ def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, remember:
         "plugins": [vars_of(info) for info in used_components(plan.recipe, plan.registry)],
         "environment": environment(plan.base),
     })  # fmt: skip
+
+
+def _is_another(owner: Path, recipe: Path) -> bool:
+    """Two recipes of one name; a file that was moved or copied is still the same recipe."""
+    return owner.exists() and not owner.samefile(recipe) and owner.read_bytes() != recipe.read_bytes()
 
 
 def vars_of(info: Any) -> dict[str, Any]:
@@ -294,7 +312,7 @@ def _run_stage(plan: Plan, name: str, console: Console | None, *, label: str) ->
 def _require_untouched(folder: Path, manifest: Mapping[str, Any]) -> None:
     """A result that others build on has to be what its stage wrote."""
     if manifest.get("output", "") != result_hash(folder):
-        names = " or ".join(name for name in RESULTS if (folder / name).exists()) or "what it wrote"
+        names = " or ".join(str(path.relative_to(folder)) for path in _results(folder)) or "what it wrote"
         raise CheckpointError(
             f"{folder}: {names} is not what the stage left; it was changed, cut off or removed since. Put it back, or "
             f"do the stage again: velatura run RECIPE --stage {folder.name} --fresh"
