@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from velatura.api import Prompt, Role
 from velatura.core.learner import Learner, Tally, with_zero_advantage
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces
+from velatura.core.rollout import by_layout
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter
 from velatura.plugins.distillers.velocity_match import VelocityMatch
 from velatura.plugins.guidance.policies import Both, RolloutOnly, ScaleOptions, TeacherOnly
@@ -34,7 +35,8 @@ def micro_batches(adapter: TinyWorldAdapter, prompts: list[Prompt], limit: int, 
     noise = PointNoise(seed=1, step=0, shared=True)
     return [
         forward_points(part, latents, advantages, adapter.times(6), STEPS, torch.ones(6), noise, count * len(STEPS))
-        for part in pieces(groups, len(STEPS), limit)
+        for alike in by_layout(adapter, prompts)
+        for part in pieces([groups[row] for row in alike], len(STEPS), limit)
     ]
 
 

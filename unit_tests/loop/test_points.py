@@ -133,12 +133,6 @@ def test_no_sample_is_lost_or_doubled_by_splitting(drawings: Make) -> None:
         assert all(len(group.samples) == len(group.numbers) for part in parts for group in part)
 
 
-def test_pieces_never_mix_layouts(drawings: Make, edits: Make) -> None:
-    prompts = [*drawings(1), *edits(2), *drawings(2)]
-    parts = list(pieces(groups_of(prompts, 1, 1, 1, 1, 1), 1, 100))
-    assert [[group.prompt.task for group in part] for part in parts] == [["t2i"], ["edit"] * 2, ["t2i"] * 2]
-
-
 def test_trajectory_points_are_the_visited_states(drawings: Make) -> None:
     states = values(5, 3, 8)
     weight = torch.tensor([1.0, 2.0, 4.0, 8.0])

@@ -75,10 +75,11 @@ def test_prompts_of_different_layout_never_share_a_batch(
     net: nn.Module, sampler: Make, drawings: Make, edits: Make
 ) -> None:
     mixed = [*drawings(2), *edits(2), *drawings(1)]
-    assert by_layout(mixed, range(5), 10) == [[0, 1], [2, 3], [4]]
-    assert by_layout(mixed, [0, 1, 4, 2, 3], 2) == [[0, 1], [4], [2, 3]]
-    chunks = draw(net, sampler(), mixed, group=2)
-    assert [chunk.rows.tolist() for chunk in chunks] == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4]]
+    made = sampler()
+    assert by_layout(made.adapter, mixed) == [[0, 1, 4], [2, 3]]
+    assert by_layout(made.adapter, mixed, [3, 4, 2, 1]) == [[3, 2], [4, 1]]
+    chunks = draw(net, made, mixed, group=2)
+    assert [chunk.rows.tolist() for chunk in chunks] == [[0, 0, 1, 1, 4, 4], [2, 2, 3, 3]]
 
 
 def test_the_solver_is_a_loop_of_euler_steps(

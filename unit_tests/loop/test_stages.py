@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from velatura.api import Advantages, Prompt, Role, Rollout, StepPlan
+from velatura.api import Advantages, Prompt, Role, Rollout, RolloutPart, StepPlan
 from velatura.core.errors import RecipeError
 from velatura.core.learner import Learner
 from velatura.core.points import MicroBatch
@@ -21,7 +21,7 @@ from velatura.core.recipe import load_recipe
 from velatura.core.registry import Registry
 from velatura.core.rollout import Sampler
 from velatura.core.stages.common import MetricsLog, StageRun
-from velatura.core.stages.rl import signal_groups
+from velatura.core.stages.rl import groups_of, signal_groups
 from velatura.core.stages.supervised import micro_batches
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter
 from velatura.plugins.distillers.velocity_match import VelocityMatch
@@ -38,8 +38,7 @@ def advantages(values: list[float], valid: list[bool] | None = None) -> Advantag
 def rollout_of(prompts: list[Prompt], group: int) -> Rollout:
     rows = torch.arange(len(prompts)).repeat_interleave(group)
     return Rollout(
-        prompts=tuple(prompts), samples=(), latents=torch.zeros(len(rows), 2), group=rows,
-        times=torch.tensor([1.0, 0.0]), plan=StepPlan.training(torch.arange(1), steps=1),
+        prompts=tuple(prompts), samples=(), group=rows, parts=(),
     )  # fmt: skip
 
 
@@ -47,6 +46,21 @@ def test_groups_without_a_signal_are_dropped(drawings: Make) -> None:
     made = rollout_of(drawings(3), 2)
     groups = signal_groups(made, advantages([0, 0, 1, -1, 0, 0]))
     assert [(group.prompt.id, group.samples, group.numbers) for group in groups] == [("draw/1", (2, 3), (0, 1))]
+
+
+def test_each_layout_has_its_own_samples_counted_from_its_start(drawings: Make, edits: Make) -> None:
+    prompts = [*drawings(2), *edits(2)]
+    groups = signal_groups(rollout_of(prompts, 2), advantages([1, -1, 0, 0, 1, -1, 2, -2]))
+    plan = StepPlan.training(torch.arange(1), steps=1)
+    first, second = (
+        RolloutPart(start=start, latents=torch.zeros(4, 2), times=torch.tensor([1.0, 0.0]), plan=plan)
+        for start in (0, 4)
+    )
+    assert [group.samples for group in groups_of(first, groups)] == [(0, 1)]
+    assert [(group.prompt.task, group.samples) for group in groups_of(second, groups)] == [
+        ("edit", (0, 1)),
+        ("edit", (2, 3)),
+    ]
 
 
 def test_samples_that_are_not_valid_are_dropped_and_the_others_keep_their_numbers(drawings: Make) -> None:

@@ -246,7 +246,7 @@ def ready(recipe: Recipe, registry: Registry, kind: str, ref: Ref) -> Component[
     """A component of the recipe, ready on the CPU."""
     component = build(registry, kind, ref)
     component.setup(Context(device=torch.device("cpu"), cache=Path.home() / ".cache" / "velatura", seed=recipe.seed,
-                            base=recipe.folder.resolve()))  # fmt: skip
+                            base=recipe.folder.resolve(), precision=recipe.engine.precision))  # fmt: skip
     return component
 
 

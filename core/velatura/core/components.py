@@ -6,7 +6,7 @@ This module imports no torch, so that names, options and documentation can be re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -186,6 +186,10 @@ class ModelAdapter(Component[O]):
     def load(self, device: torch.device) -> nn.Module:
         """The network, with `requires_grad` set on what is to be trained (LoRA weights or all)."""
 
+    def layout(self, prompt: Prompt) -> Hashable:
+        """What must be equal for two prompts to share a batch: size of the picture, number and size of its sources."""
+        return (prompt.size, *(tuple(source.shape) for source in prompt.sources))
+
     @abstractmethod
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """The conditioning of P prompts: row p for prompts[p]. Deterministic, without gradient."""
@@ -218,8 +222,8 @@ class ModelAdapter(Component[O]):
         return null + scale.reshape(-1, *[1] * (cond.ndim - 1)) * (cond - null)
 
     @abstractmethod
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents at t = 0 [B ...] to images [B 3 H W], RGB in [0, 1]."""
+    def decode(self, x: Tensor, prompt: Prompt | None = None) -> Tensor:
+        """Latents at t = 0 [B ...] to images [B 3 H W], RGB in [0, 1]; `prompt` is one of theirs, for its size."""
 
     @abstractmethod
     def latents(self, images: Tensor) -> Tensor:
@@ -228,6 +232,11 @@ class ModelAdapter(Component[O]):
     @abstractmethod
     def export(self, net: nn.Module, folder: Path, *, info: Mapping[str, Any]) -> None:
         """Write a model that stock libraries load, with `info` (guidance scale, lineage) beside it."""
+
+    def fingerprint(self) -> str:
+        """Changes when the weights that `load` starts from do, so that stages made from others are done again. Empty
+        where `describe` names a single file."""
+        return ""
 
     def describe(self) -> Mapping[str, Any]:
         """Facts for `velatura check`: parameters, image size, tokens per sample, and where weights come from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -26,32 +26,31 @@ class Encoder:
         self.device = device
         self._conds: OrderedDict[tuple[Key, ...], Conditioning] = OrderedDict()
         self._nulls: OrderedDict[tuple[Key, ...], Conditioning] = OrderedDict()
+        self._shared: dict[Hashable, Conditioning] = {}
+        """Layout -> null condition; kept for the whole run."""
 
     def cond(self, prompts: Sequence[Prompt]) -> Conditioning:
         """[P] the conditioning of prompts that share a layout; rows of an earlier batch are taken from it."""
         return self._rows(self._conds, prompts, self.adapter.encode)
 
     def null(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """[P] the unconditional counterpart. Without source images it is one row for all prompts of the run."""
+        """[P] the unconditional counterpart. Without source images it is one row for all prompts of a layout."""
         if prompts[0].sources:
             return self._rows(self._nulls, prompts, self.adapter.null)
-        stored = self._nulls.get(())
+        layout = self.adapter.layout(prompts[0])
+        stored = self._shared.get(layout)
         if stored is None:
-            stored = self._nulls[()] = self.adapter.null(prompts[:1]).to(self.device)
-        self._nulls.move_to_end(())
+            stored = self._shared[layout] = self.adapter.null(prompts[:1]).to(self.device)
         return stored.select(torch.zeros(len(prompts), dtype=torch.int64, device=self.device))
 
     def forget(self) -> None:
-        """Begin a step with nothing but the run's null condition.
+        """Begin a step with nothing but the run's null conditions.
 
         Rows are taken from earlier batches in the order in which those hold them, and batched arithmetic rounds by
         order: what a step computes must not depend on what happened before it, or a resumed run would differ.
         """
         self._conds.clear()
-        kept = self._nulls.get(())
         self._nulls.clear()
-        if kept is not None:
-            self._nulls[()] = kept
 
     def _rows(
         self, kept: OrderedDict[tuple[Key, ...], Conditioning], prompts: Sequence[Prompt], encode: Any

@@ -130,6 +130,7 @@ def _tasks(plan: Plan, name: str) -> dict[str, Any]:
 def file_inputs(plan: Plan, name: str) -> dict[str, str]:
     """Content of the files that a stage's options name, and of the weights its adapter starts from."""
     stage, config = plan.resolved["stages"][name], plan.recipe.stage(name)
+    found: dict[str, str] = {}
     named = {text for text in _texts([stage, _tasks(plan, name)]) if (plan.base / text).is_file()}
     if not isinstance(config, ExportStage):
         from velatura.core.check import set_up
@@ -137,7 +138,8 @@ def file_inputs(plan: Plan, name: str) -> dict[str, str]:
         adapter = set_up(plan, "adapter", config.adapter)
         weights = str(adapter.describe().get("weights", ""))
         named |= {weights} if Path(weights).is_file() else set()
-    return {f"file {text}": file_hash(plan.base / text) for text in sorted(named)}
+        found = {"weights of the base": known} if (known := adapter.fingerprint()) else {}
+    return found | {f"file {text}": file_hash(plan.base / text) for text in sorted(named)}
 
 
 def _texts(value: Any) -> Iterator[str]:

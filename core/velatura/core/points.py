@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from velatura.core.rollout import layout
 from velatura.core.seeds import generator
 from velatura.core.types import Points, Prompt
 
@@ -59,14 +58,14 @@ class Group:
 
 
 def pieces(groups: Sequence[Group], points_per_sample: int, limit: int) -> Iterator[list[Group]]:
-    """Micro-batches of at most `limit` points whose prompts share a layout; a group is split only when it alone is
-    larger (then its parts share no prefix)."""
+    """Micro-batches of at most `limit` points, of groups of one layout; a group is split only when it alone is larger
+    (then its parts share no prefix)."""
     batch: list[Group] = []
     size = 0
     for whole in groups:
         for group in whole.split(max(1, limit // points_per_sample)):
             own = len(group.samples) * points_per_sample
-            if batch and (size + own > limit or layout(batch[0].prompt) != layout(group.prompt)):
+            if batch and size + own > limit:
                 yield batch
                 batch, size = [], 0
             batch.append(group)

@@ -47,7 +47,7 @@ def _points(
     if trajectory is None:
         raise ValueError("a probe needs the visited states")
     groups = [Group(prompt=prompts[row], samples=(b,), numbers=(0,)) for b, row in enumerate(rows)]
-    times = sampler.adapter.times(sampler.steps, prompts[0])
+    times = sampler.adapter.times(sampler.steps, groups[0].prompt)
     train = torch.arange(1, sampler.steps, 2) if sampler.steps > 1 else torch.arange(1)
     weight = torch.ones(sampler.steps)
     zeros = torch.zeros(len(rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,21 +47,16 @@ class Chunk:
     """Rows that went through the transformer, branches counted singly."""
 
 
-def layout(prompt: Prompt) -> tuple[tuple[int, ...], ...]:
-    """What must be equal for two prompts to share a batch: number and size of the source images."""
-    return tuple(tuple(source.shape) for source in prompt.sources)
-
-
-def by_layout(prompts: Sequence[Prompt], rows: Sequence[int], limit: int) -> list[list[int]]:
-    """`rows` in pieces of at most `limit` whose prompts share a layout, order kept."""
-    pieces: list[list[int]] = []
-    for row in rows:
-        last = pieces[-1] if pieces else None
-        if last and len(last) < limit and layout(prompts[last[0]]) == layout(prompts[row]):
-            last.append(row)
-        else:
-            pieces.append([row])
-    return pieces
+def by_layout(
+    adapter: ModelAdapter,  # type: ignore[type-arg]
+    prompts: Sequence[Prompt],
+    rows: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """`rows` (all of them, unless given) by the layout of their prompts, in the order in which layouts first occur."""
+    found: dict[Hashable, list[int]] = {}
+    for row in range(len(prompts)) if rows is None else rows:
+        found.setdefault(adapter.layout(prompts[row]), []).append(row)
+    return list(found.values())
 
 
 def rollout(
@@ -74,25 +69,26 @@ def rollout(
     keep_trajectory: bool = False,
     encoder: Encoder | None = None,
 ) -> Iterator[Chunk]:
-    """Sample each prompt with each of its seeds; yields whole groups, so that they can be judged meanwhile.
+    """Sample each prompt with each of its seeds; yields whole groups of one layout, to be judged meanwhile.
 
     Row b depends on its prompt and its seed alone, up to the rounding of batched arithmetic. `encoder` keeps the
     prompts' conditionings for whoever asks next.
     """
     group = max(len(own) for own in seeds)
-    guided = sampler.needs_null(sampler.adapter.times(sampler.steps, prompts[0]))
     encoder = encoder or Encoder(sampler.adapter, next(net.parameters()).device)
-    for alike in by_layout(prompts, range(len(prompts)), len(prompts)):
+    for alike in by_layout(sampler.adapter, prompts):
         encoder.cond([prompts[row] for row in alike])
-    null: Conditioning | None = None
-    for piece in by_layout(prompts, range(len(prompts)), max(1, sampler.batch // (2 * group if guided else group))):
-        own = [prompts[row] for row in piece]
-        with torch.no_grad():
-            cond = sampler.adapter.prepare(net, encoder.cond(own))
-            null = _null(net, encoder, own, null) if guided else None
-            rows = torch.tensor([i for i, row in enumerate(piece) for _ in seeds[row]])
-            flat = [seed for row in piece for seed in seeds[row]]
-            yield _integrate(net, sampler, own, rows, flat, cond, null, plan, keep_trajectory, offset=piece)
+        guided = sampler.needs_null(sampler.adapter.times(sampler.steps, prompts[alike[0]]))
+        size = max(1, sampler.batch // (2 * group if guided else group))
+        null: Conditioning | None = None
+        for piece in (alike[i : i + size] for i in range(0, len(alike), size)):
+            own = [prompts[row] for row in piece]
+            with torch.no_grad():
+                cond = sampler.adapter.prepare(net, encoder.cond(own))
+                null = _null(net, encoder, own, null) if guided else None
+                rows = torch.tensor([i for i, row in enumerate(piece) for _ in seeds[row]])
+                flat = [seed for row in piece for seed in seeds[row]]
+                yield _integrate(net, sampler, own, rows, flat, cond, null, plan, keep_trajectory, offset=piece)
 
 
 def _null(net: nn.Module, encoder: Encoder, prompts: Sequence[Prompt], known: Conditioning | None) -> Conditioning:
@@ -129,7 +125,7 @@ def _integrate(
         x = _advance(sampler.kernel, v, x, times[k], times[k + 1], k, seeds, plan)
         if keep_trajectory:
             states.append(x)
-    images = adapter.decode(x).cpu()
+    images = adapter.decode(x, prompts[0]).cpu()
     samples = tuple(
         Sample(prompt=prompts[row], image=image, seed=seed, group=offset[row])
         for row, image, seed in zip(rows.tolist(), images, seeds, strict=True)

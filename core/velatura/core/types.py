@@ -52,6 +52,8 @@ class Prompt:
     """Chooses reward weights and groups the evaluation."""
     sources: tuple[Tensor, ...] = ()
     """Source images of an edit, each `3 H W`."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels of the picture that is asked for; None leaves them to the adapter."""
     target: Tensor | None = None
     """The picture to learn from, `3 H W`; only supervised stages read it."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -147,18 +149,33 @@ class Rollout:
     """B finished samples of P prompts, and what training needs to know about how they were made."""
 
     prompts: tuple[Prompt, ...]
-    """[P]."""
+    """[P], those of one layout side by side."""
     samples: tuple[Sample, ...]
     """[B], prompt-major."""
-    latents: Tensor
-    """[B ...] x at t = 0."""
     group: Tensor
     """[B] int64: row of the prompt in `prompts`."""
+    parts: tuple[RolloutPart, ...]
+    """One for each layout, in the order of the samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutPart:
+    """The samples of one layout: equal shapes, and a time grid of their own."""
+
+    start: int
+    """The first of its b samples among the B of the rollout; the others follow."""
+    latents: Tensor
+    """[b ...] x at t = 0."""
     times: Tensor
     """[T] grid, 1 down to 0."""
     plan: StepPlan
     trajectory: Tensor | None = None
-    """[T B ...] all visited states; kept only when an objective asks for it."""
+    """[T b ...] all visited states; kept only when an objective asks for it."""
+
+    @property
+    def stop(self) -> int:
+        """One past its last sample."""
+        return self.start + len(self.latents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,6 +308,8 @@ class Context:
     seed: int
     base: Path
     """Folder of the recipe: relative paths in options start here."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the trained network; what stands beside it, frozen, follows."""
 
     def resolve(self, path: str | Path) -> Path:
         """`path` as the recipe's author meant it."""

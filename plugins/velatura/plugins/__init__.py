@@ -8,7 +8,18 @@ from velatura.core.hookspecs import hookimpl
 @hookimpl
 def velatura_adapter() -> Sequence[str]:
     """What makes a network speak velocity."""
-    return ["tinyworld = velatura.plugins.adapters.tinyworld:TinyWorldAdapter"]
+    return [
+        "diffusers-flow = velatura.plugins.adapters.diffusers_flow:DiffusersFlow",
+        "flux = velatura.plugins.adapters.flux:Flux",
+        "flux2 = velatura.plugins.adapters.flux2:Flux2",
+        "qwen-image = velatura.plugins.adapters.qwen_image:QwenImage",
+        "qwen-image-21 = velatura.plugins.adapters.qwen_image_21:QwenImage21",
+        "qwen-image-edit-plus = velatura.plugins.adapters.qwen_image_edit_plus:QwenImageEditPlus",
+        "sana = velatura.plugins.adapters.sana:Sana",
+        "sd3 = velatura.plugins.adapters.sd3:SD3",
+        "tinyworld = velatura.plugins.adapters.tinyworld:TinyWorldAdapter",
+        "z-image = velatura.plugins.adapters.z_image:ZImage",
+    ]
 
 
 @hookimpl

@@ -67,7 +67,10 @@ class StageRun:
 
     def context(self) -> Context:
         """What components may know of the machine."""
-        return Context(device=self.device, cache=Path.home() / ".cache" / "velatura", seed=self.seed, base=self.base)
+        return Context(
+            device=self.device, cache=Path.home() / ".cache" / "velatura", seed=self.seed, base=self.base,
+            precision=self.recipe.engine.precision,
+        )  # fmt: skip
 
     def adapter(self) -> ModelAdapter[Any]:
         """The adapter of this stage."""

@@ -22,7 +22,7 @@ from velatura.core.learner import Learner
 from velatura.core.points import Group, MicroBatch, pieces, trajectory_points
 from velatura.core.policy import CURRENT
 from velatura.core.probe import Probe, make_probe, probe_error
-from velatura.core.rollout import Chunk, Sampler, rollout
+from velatura.core.rollout import Chunk, Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_weights, weights_of
 from velatura.core.stages.showcase import Showcase
@@ -71,6 +71,11 @@ class Loop:
 
     def visit(self, index: int, route: str, prompts: Sequence[Prompt]) -> list[MicroBatch]:
         """The student's own trajectories, without gradient, cut into points to ask the teacher about."""
+        alike = by_layout(self.sampler.adapter, prompts)
+        return [b for rows in alike for b in self._visit(index, route, [prompts[row] for row in rows], len(prompts))]
+
+    def _visit(self, index: int, route: str, prompts: Sequence[Prompt], count: int) -> list[MicroBatch]:
+        """Those of one layout, `count` being all prompts of the route."""
         seeds = [[derive(self.stage.seed, "student", index, route, prompt.id)] for prompt in prompts]
         times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
         plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index, route))
@@ -81,7 +86,7 @@ class Loop:
         return [
             batch
             for chunk in chunks
-            for batch in self.ask(chunk, prompts, times, plan.train, plan.weight, total=len(prompts) * len(plan.train))
+            for batch in self.ask(chunk, prompts, times, plan.train, plan.weight, total=count * len(plan.train))
         ]
 
     def ask(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,23 @@ from velatura.core.judge import Judge
 from velatura.core.learner import SET_OF, Learner, Tally
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
 from velatura.core.policy import CURRENT
-from velatura.core.rollout import Sampler, rollout
+from velatura.core.rollout import Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
 from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_log
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
-from velatura.core.types import Advantages, Prompt, RewardReport, Role, Rollout, group_rows
+from velatura.core.types import (
+    Advantages,
+    Prompt,
+    RewardReport,
+    Role,
+    Rollout,
+    RolloutPart,
+    Sample,
+    StepPlan,
+    group_rows,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +57,10 @@ class Loop:
         config, watch = self.stage.config, Stopwatch()
         self.learner.encoder.forget()
         prompts = next(self.stream)
+        alike = by_layout(self.sampler.adapter, prompts)
+        prompts = [prompts[row] for rows in alike for row in rows]  # those of one layout side by side
         with watch.phase("rollout"):
-            made, rollout_rows = self.sample(index, prompts)
+            made, rollout_rows = self.sample(index, prompts, [len(rows) for rows in alike])
         with watch.phase("judge"):
             report = self.judge.report(prompts)
         self.stage.notify("rollout_done", RolloutDone(step=index, rollout=made, report=report))
@@ -70,35 +82,45 @@ class Loop:
             "rows/gradient": float(tally.gradient_rows),
         }
 
-    def sample(self, index: int, prompts: Sequence[Prompt]) -> tuple[Rollout, int]:
-        """G samples of each prompt, and the transformer rows they took; every chunk goes to the judge while the next
-        one is made."""
-        config, objective = self.stage.config, self.learner.objective
+    def sample(self, index: int, prompts: Sequence[Prompt], alike: Sequence[int]) -> tuple[Rollout, int]:
+        """G samples of each prompt, and the transformer rows they took; the first alike[0] prompts share a layout, and
+        so on. Every chunk goes to the judge while the next one is made."""
+        parts: list[RolloutPart] = []
+        samples: list[Sample] = []
+        first = network_rows = 0
+        for count in alike:
+            chunks = []
+            own, times, plan = self._planned(index, prompts[first : first + count])
+            with self.learner.policy.wearing(SET_OF[self.learner.objective.requires.rollout_role]) as net:
+                for chunk in rollout(net, self.sampler, own, self._seeds(index, own), plan,
+                                     keep_trajectory=self._trajectories, encoder=self.learner.encoder):  # fmt: skip
+                    judged = tuple(replace(sample, group=sample.group + first) for sample in chunk.samples)
+                    self.judge.submit(judged)
+                    chunks.append(chunk)
+                    samples += judged
+                    network_rows += chunk.network_rows
+            kept = [chunk.trajectory for chunk in chunks if chunk.trajectory is not None]
+            parts.append(RolloutPart(
+                start=parts[-1].stop if parts else 0, latents=torch.cat([chunk.latents for chunk in chunks]),
+                times=times, plan=plan, trajectory=torch.cat(kept, dim=1) if kept else None,
+            ))  # fmt: skip
+            first += count
+        group = torch.tensor([sample.group for sample in samples])
+        made = Rollout(prompts=tuple(prompts), samples=tuple(samples), group=group, parts=tuple(parts))
+        return made, network_rows
+
+    @property
+    def _trajectories(self) -> bool:
+        return self.learner.objective.requires.points == "trajectory"
+
+    def _planned(self, index: int, prompts: Sequence[Prompt]) -> tuple[Sequence[Prompt], Tensor, StepPlan]:
+        """Prompts of one layout, their time grid, and which of its steps are trained."""
         times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
-        plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index))
-        seeds = [
-            [derive(self.stage.seed, "rollout", index, prompt.id, j) for j in range(config.group_size)]
-            for prompt in prompts
-        ]
-        chunks = []
-        trajectory = objective.requires.points == "trajectory"
-        with self.learner.policy.wearing(SET_OF[objective.requires.rollout_role]) as net:
-            for chunk in rollout(
-                net, self.sampler, prompts, seeds, plan, keep_trajectory=trajectory, encoder=self.learner.encoder
-            ):
-                self.judge.submit(chunk.samples)
-                chunks.append(chunk)
-        kept = [chunk.trajectory for chunk in chunks if chunk.trajectory is not None]
-        made = Rollout(
-            prompts=tuple(prompts),
-            samples=tuple(sample for chunk in chunks for sample in chunk.samples),
-            latents=torch.cat([chunk.latents for chunk in chunks]),
-            group=torch.cat([chunk.rows for chunk in chunks]),
-            times=times,
-            plan=plan,
-            trajectory=torch.cat(kept, dim=1) if kept else None,
-        )
-        return made, sum(chunk.network_rows for chunk in chunks)
+        return prompts, times, self.timesteps.plan(times, generator(self.stage.seed, "plan", index))
+
+    def _seeds(self, index: int, prompts: Sequence[Prompt]) -> list[list[int]]:
+        every = range(self.stage.config.group_size)
+        return [[derive(self.stage.seed, "rollout", index, prompt.id, j) for j in every] for prompt in prompts]
 
     def learn(self, index: int, made: Rollout, advantages: Advantages) -> Tally:
         """`updates_per_step` optimiser steps, each on its own share of the groups."""
@@ -121,18 +143,32 @@ class Loop:
 
     def micro_batches(self, index: int, groups: Sequence[Group], made: Rollout, advantages: Tensor) -> list[MicroBatch]:
         """All points of one optimiser step; several timesteps of a sample share a forward."""
-        config, train = self.stage.config, made.plan.train
-        total = sum(len(group.samples) for group in groups) * len(train)
+        config = self.stage.config
         noise = PointNoise(seed=self.stage.seed, step=index, shared=config.share_noise)
-        if made.trajectory is None:
-            return [
-                forward_points(part, made.latents, advantages, made.times, train, made.plan.weight, noise, total)
-                for part in pieces(groups, len(train), config.micro_batch)
-            ]
-        return [
-            trajectory_points(part, made.trajectory, advantages, made.times, train, made.plan.weight, total)
-            for part in pieces(groups, len(train), config.micro_batch)
-        ]
+        by_part = [(part, groups_of(part, groups)) for part in made.parts]
+        total = sum(len(group.samples) * len(part.plan.train) for part, own in by_part for group in own)
+        batches = []
+        for part, own in by_part:
+            known, train = advantages[part.start : part.stop], part.plan.train
+            for piece in pieces(own, len(train), config.micro_batch):
+                if part.trajectory is None:
+                    batches.append(forward_points(
+                        piece, part.latents, known, part.times, train, part.plan.weight, noise, total
+                    ))  # fmt: skip
+                else:
+                    batches.append(trajectory_points(
+                        piece, part.trajectory, known, part.times, train, part.plan.weight, total
+                    ))  # fmt: skip
+        return batches
+
+
+def groups_of(part: RolloutPart, groups: Sequence[Group]) -> list[Group]:
+    """The groups whose samples are in `part`, counted from its start."""
+    return [
+        replace(group, samples=tuple(b - part.start for b in group.samples))
+        for group in groups
+        if part.start <= group.samples[0] < part.stop
+    ]
 
 
 def signal_groups(made: Rollout, advantages: Advantages) -> list[Group]:

@@ -69,7 +69,7 @@ def micro_batches(stage: StageRun, training: Training, prompts: Sequence[Prompt]
     shown = [replace(p, text="") if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
     order = sorted(range(len(shown)), key=lambda i: len(shown[i].sources))
     result = []
-    for rows in by_layout(shown, order, len(shown)):
+    for rows in by_layout(training.adapter, shown, order):
         at = torch.tensor(rows)
         x0 = targets[at.to(targets.device)]
         result.append(_points([shown[i] for i in rows], x0, t[at].to(x0), noise[at].to(x0), t.numel()))

@@ -1,349 +1,133 @@
-"""What every adapter of diffusers' `QwenImage21Transformer2DModel` shares: the prompt's prefix, computed once.
-
-The network reads one sequence, [text and source images | target image]. Everything before the target is modulated
-from t = 0 and attends only to itself, so its keys and values depend neither on the step nor on the sample. `prepare`
-computes them once per prompt; `velocity` then runs the target's tokens alone. The forward of the stock class is what
-runs in both, so that hooks of training engines fire and checkpoints stay interchangeable.
-"""
+"""Qwen-Image 2.1: one transformer that draws from text and edits, behind the shared prefix of a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
+from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
-from velatura.api import Conditioning, VelaturaError
+from velatura.api import Conditioning, Prompt
+from velatura.plugins.adapters.conditioning import Row
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, Size, sides
+from velatura.plugins.adapters.pictures import from_signed, to_pil, to_signed
+from velatura.plugins.adapters.qwen_image_21_network import (
+    Grid,
+    Layout,
+    QwenImage21Conditioning,
+    prepare,
+    velocity,
+)
 
-LORA_NAME = "policy"
-"""The peft name of the adapter that `add_lora` attaches."""
-
-
-class Grid(NamedTuple):
-    """An image as the network counts it, in latent tokens."""
-
-    frames: int
-    height: int
-    width: int
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the image takes."""
-        return self.frames * self.height * self.width
-
-    @property
-    def advance(self) -> int:
-        """By how much the image moves the frame position of whatever follows it."""
-        return max(self.height, self.width)
+PIXELS = 16
+"""Sides of a latent token in pixels."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """How the tokens of one sample follow each other; all samples of a batch share it."""
+class QwenImage21Options(DiffusersOptions):
+    """Options of `qwen-image-21`."""
 
-    slots: tuple[bool, ...]
-    """[L] positions of the text sequence that stand for 2 x 2 tokens of a source image."""
-    sources: tuple[Grid, ...]
-    """Source images, in the order of their slots."""
-    target: Grid
-    """The image to be drawn; it follows the text."""
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens before the target."""
-        return self.slots.count(False) + sum(grid.tokens for grid in self.sources)
-
-    @property
-    def frame(self) -> int:
-        """Rotary position of the target on the frame axis."""
-        return self.slots.count(False) + sum(grid.advance for grid in self.sources)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefix:
-    """Keys (after the rotary embedding) and values of everything before the target: U distinct prompts."""
-
-    keys: tuple[Tensor, ...]
-    """Per layer [U S heads head_dim]."""
-    values: tuple[Tensor, ...]
-    """Per layer [U S heads head_dim]."""
-
-    def map(self, change: Any) -> Prefix:
-        """The same prefix with `change` applied to every tensor."""
-        return Prefix(keys=tuple(map(change, self.keys)), values=tuple(map(change, self.values)))
-
-    def join(self, other: Prefix) -> Prefix:
-        """The prompts of `self`, then those of `other`."""
-        keys, values = (zip(*pair, strict=True) for pair in ((self.keys, other.keys), (self.values, other.values)))
-        return Prefix(keys=tuple(map(torch.cat, keys)), values=tuple(map(torch.cat, values)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class QwenImage21Conditioning(Conditioning):
-    """P prompts over U <= P distinct stored rows: what the text encoder and the VAE said of them."""
-
-    layout: Layout
-    text: Tensor
-    """[U L C] text embeddings; the values at image slots are ignored."""
-    index: Tensor
-    """[P] int64: the stored row of each prompt."""
-    mask: Tensor | None = None
-    """[U L] bool, False at right padding; None where every position is meant to be read."""
-    sources: Tensor | None = None
-    """[U S C'] latents of the source images, one after the other."""
-    prefix: Prefix | None = None
-    """Set by `prepare`; belongs to the weights it was computed with."""
-
-    @classmethod
-    def of(
-        cls, text: Tensor, layout: Layout, *, mask: Tensor | None = None, sources: Tensor | None = None
-    ) -> QwenImage21Conditioning:
-        """One stored row per prompt, checked against its layout. A mask that masks nothing is dropped."""
-        expected = sum(grid.tokens for grid in layout.sources)
-        found = 0 if sources is None else sources.shape[1]
-        if expected != found or 4 * sum(layout.slots) != found or len(layout.slots) != text.shape[1]:
-            raise VelaturaError(
-                f"The layout has {len(layout.slots)} positions, {sum(layout.slots)} of them image slots of 4 tokens, "
-                f"and {expected} source tokens; given are {text.shape[1]} embeddings and {found} source tokens."
-            )
-        if mask is not None and bool(mask.all()):
-            mask = None
-        index = torch.arange(len(text), device=text.device)
-        return cls(layout=layout, text=text, index=index, mask=mask, sources=sources)
-
-    def __len__(self) -> int:
-        """P."""
-        return len(self.index)
-
-    def expand(self, count: int) -> Self:
-        """The single stored row as the conditioning of `count` prompts, without copying it."""
-        return replace(self, index=self.index.new_zeros(count))
-
-    def select(self, rows: Tensor) -> Self:
-        """The conditioning of the prompts `rows` [P'], storing only the distinct rows they use."""
-        stored, index = torch.unique(self.index[rows.to(self.index.device)], return_inverse=True)
-        if len(stored) == len(self.text):  # `unique` sorts: these are all rows, in their order
-            return replace(self, index=index)
-        return replace(self._map(lambda tensor: tensor.index_select(0, stored)), index=index)
-
-    def to(self, device: torch.device) -> Self:
-        """A copy on `device`."""
-        return replace(self._map(lambda tensor: tensor.to(device)), index=self.index.to(device))
-
-    def join(self, other: Conditioning) -> QwenImage21Conditioning | None:
-        """Rows of `self`, then rows of `other`; None unless both have one layout and both, or neither, are prepared."""
-        if not isinstance(other, QwenImage21Conditioning) or self.layout != other.layout:
-            return None
-        if (self.prefix is None) != (other.prefix is None):
-            return None
-        return replace(
-            self,
-            text=torch.cat([self.text, other.text]),
-            index=torch.cat([self.index, other.index + len(self.text)]),
-            mask=_join_masks(self, other),
-            sources=None if self.sources is None else torch.cat([self.sources, cast("Tensor", other.sources)]),
-            prefix=None if self.prefix is None else self.prefix.join(cast("Prefix", other.prefix)),
-        )
-
-    def _map(self, change: Any) -> Self:
-        return replace(
-            self,
-            text=change(self.text),
-            mask=None if self.mask is None else change(self.mask),
-            sources=None if self.sources is None else change(self.sources),
-            prefix=None if self.prefix is None else self.prefix.map(change),
-        )
-
-
-def _join_masks(first: QwenImage21Conditioning, second: QwenImage21Conditioning) -> Tensor | None:
-    if first.mask is None and second.mask is None:
-        return None
-    masks = [torch.ones_like(c.text[..., 0], dtype=torch.bool) if c.mask is None else c.mask for c in (first, second)]
-    return torch.cat(masks)
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerRows:
-    """One layer of a prefix, repeated for N points only when the layer asks, so one layer's copy lives at a time."""
-
-    keys: Tensor
-    values: Tensor
-    rows: Tensor
-
-    def get(self) -> tuple[Tensor, Tensor]:
-        return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class _PrefixRows:
-    """What the network's `cached` mode needs of a key-value cache: point n reads stored row rows[n]."""
-
-    prefix: Prefix
-    rows: Tensor
-
-    def get_layer(self, layer_idx: int) -> _LayerRows:
-        return _LayerRows(self.prefix.keys[layer_idx], self.prefix.values[layer_idx], self.rows)
-
-
-def unwrap(net: nn.Module) -> Any:
-    """The transformer inside an engine's wrapper, for its configuration; it is called through the wrapper."""
-    return getattr(net, "module", net)
-
-
-def prepare(net: nn.Module, cond: QwenImage21Conditioning) -> QwenImage21Conditioning:
-    """`cond` with the prefix of its distinct rows, computed with the weights of now.
-
-    Differentiable when gradients are enabled. Call it again whenever the weights change.
-    """
-    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
-
-    network = unwrap(net)
-    text = cond.text.to(network.dtype)
-    # The stock forward always has a target, in whole slots of 2 x 2 tokens. One blank slot is the least; the prefix
-    # cannot see what follows it, so neither its content nor its place matters.
-    blank = text.new_zeros(len(text), 4, network.config.in_channels)
-    hidden = blank if cond.sources is None else torch.cat([cond.sources.to(network.dtype), blank], dim=1)
-    cache = QwenImage21KVCache(len(network.transformer_blocks))
-    net(
-        hidden_states=hidden,
-        encoder_hidden_states=text,
-        timestep=text.new_zeros(len(text)),
-        img_shapes=[[*cond.layout.sources, Grid(1, 2, 2)]],
-        img_mask=_image_slots(cond.layout.slots, 1, text.device),
-        encoder_hidden_states_mask=cond.mask,
-        kv_cache=cache,
-        kv_cache_mode="extract",
-        return_dict=False,
+    source_area: int | None = Field(
+        None, ge=1024, description="Pixels that source images are resized to; null is width x height of the picture."
     )
-    layers = [layer.get() for layer in cache.layer_caches]
-    keys = tuple(key for key, _ in layers)
-    if cond.mask is not None:
-        keys = _close_gap(network, keys, padding=(~cond.mask).sum(1))
-    return replace(cond, prefix=Prefix(keys=keys, values=tuple(value for _, value in layers)))
 
 
-def velocity(net: nn.Module, x: Tensor, t: Tensor, cond: QwenImage21Conditioning, rows: Tensor) -> Tensor:
-    """dx/dt = eps - x_0 [N h*w C], fp32, at x [N h*w C] and t [N] in [0, 1]; point n belongs to prompt rows[n].
+class QwenImage21(DiffusersAdapter[QwenImage21Options]):
+    """Qwen-Image 2.1, text to image and edits with any number of source images.
 
-    Without a prepared prefix, that of the distinct rows is computed here, with gradient when gradients are enabled.
+    Latents are [B h*w C], a token per 16 x 16 pixels. Guidance is null + scale (cond - null), without a rescale.
     """
-    if cond.prefix is None:
-        distinct, rows = torch.unique(rows, return_inverse=True)
-        cond = prepare(net, cond.select(distinct))
-    network, stored = unwrap(net), cond.index[rows.to(cond.index.device)]
-    blanks = _blank_prefix(network, cond, stored)
-    output = net(
-        hidden_states=torch.cat([blanks.sources, x.to(network.dtype)], dim=1),
-        encoder_hidden_states=blanks.text,
-        timestep=t,
-        img_shapes=[[*blanks.grids, cond.layout.target]],
-        img_mask=_image_slots(blanks.slots, cond.layout.target.tokens // 4, x.device),
-        encoder_hidden_states_mask=blanks.mask,
-        kv_cache=_PrefixRows(cast("Prefix", cond.prefix), stored),
-        kv_cache_mode="cached",
-        return_dict=False,
-    )[0]
-    return cast("Tensor", output.float())
+
+    name = "qwen-image-21"
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImage21Pipeline",)
+    sources = None
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "processor")
+    multiple = 2 * PIXELS
+
+    def row(self, prompt: Prompt, text: str, size: Size) -> Row:
+        """The last hidden states of the text encoder, which sees the sources, and the sources' latents."""
+        with self.on_device("text_encoder", "vae"):
+            images = [self._source(image) for image in prompt.sources] or None
+            embeds, _, slots = self.pipe.encode_prompt(text, image=images, device=self.device)
+            row = {"text": embeds[0], "slots": slots[0]}
+            if images is not None:
+                row["sources"] = torch.cat([self._encode_source(image) for image in images])
+            return row
+
+    def collate(self, layout: tuple[Any, ...], rows: Sequence[Row]) -> Conditioning:
+        """Texts padded to the longest; positions of image slots are those of the template, equal in all rows."""
+        length = torch.tensor([len(row["text"]) for row in rows])
+        longest = int(length.max())
+        text = torch.nn.utils.rnn.pad_sequence([row["text"] for row in rows], batch_first=True)
+        first = rows[int(length.argmax())]["slots"].bool().tolist()
+        size, *sources = layout
+        grids = tuple(_grid(self._source_size(*source)) for source in sources)
+        return QwenImage21Conditioning.of(
+            text,
+            Layout(slots=tuple(first), sources=grids, target=_grid(size)),
+            mask=torch.arange(longest) < length[:, None],
+            sources=torch.stack([row["sources"] for row in rows]) if grids else None,
+        )
+
+    def prepare(self, net: nn.Module, cond: Conditioning) -> Conditioning:
+        """`cond` with the keys and values of its distinct rows; with gradient where gradients are enabled."""
+        return prepare(net, cast("QwenImage21Conditioning", cond))
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
+        """dx/dt [N h*w C] at x [N h*w C], t [N]."""
+        return velocity(net, x, t * 1000 / 1000, cast("QwenImage21Conditioning", cond), rows)
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """[1 C h w]: a video of one frame."""
+        return (1, self._channels, size[0] // PIXELS, size[1] // PIXELS)
+
+    def pack(self, x: Tensor, size: Size) -> Tensor:
+        """[B 1 C h w] to [B h*w C]."""
+        return x.flatten(-2).squeeze(1).transpose(1, 2)
+
+    def decode(self, x: Tensor, prompt: Prompt | None = None) -> Tensor:
+        """Latents [B h*w C] to images [B 3 H W]; what the model left transparent lies on white."""
+        height, width = self.size_of(prompt)
+        z = x.transpose(1, 2).reshape(len(x), -1, 1, height // PIXELS, width // PIXELS)
+        with torch.no_grad(), self.on_device("vae") as vae:
+            mean, std = self._statistics(vae, z.device)
+            return from_signed(vae.decode((z.to(vae.dtype) * std + mean).to(vae.dtype)).sample[:, :, 0])
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [B 3 H W] to x_0 [B h*w C]."""
+        with torch.no_grad(), self.on_device("vae") as vae:
+            mean, std = self._statistics(vae, vae.device)
+            pixels = to_signed(images, 4).unsqueeze(2).to(vae.device, vae.dtype)
+            z: Tensor = (vae.encode(pixels).latent_dist.mode() - mean) / std
+            return z[:, :, 0].flatten(2).transpose(1, 2).float().to(images.device)
+
+    def _statistics(self, vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' channels, each [1 C 1 1 1]."""
+        kind = {"device": device, "dtype": vae.dtype}
+        mean, std = vae.config.latents_mean, vae.config.latents_std
+        return tuple(torch.tensor(value, **kind).reshape(1, -1, 1, 1, 1) for value in (mean, std))  # type: ignore[return-value]
+
+    @property
+    def _channels(self) -> int:
+        return int(self.folder.config("transformer")["in_channels"])
+
+    def _source_size(self, height: int, width: int) -> Size:
+        """A source's height and width after resizing."""
+        area = self.options.source_area or self.options.height * self.options.width
+        across, down = sides(area, width / height)
+        return down, across
+
+    def _source(self, image: Tensor) -> Image.Image:
+        height, width = self._source_size(*image.shape[1:])
+        return cast("Image.Image", self.pipe.image_processor.resize(to_pil(image).convert("RGBA"), height, width))
+
+    def _encode_source(self, image: Image.Image) -> Tensor:
+        """[h*w C]."""
+        pixels = self.pipe.image_processor.preprocess(image).unsqueeze(2).to(self.device, self.dtype)
+        return cast("Tensor", self.pipe._encode_vae_image(pixels, None)[0, :, 0].flatten(1).T)
 
 
-class _BlankPrefix(NamedTuple):
-    """Stands in for the prefix in a cached forward, which reads its length, positions and mask but no values."""
-
-    text: Tensor
-    sources: Tensor
-    grids: Sequence[Grid]
-    slots: tuple[bool, ...]
-    mask: Tensor | None
-
-
-def _blank_prefix(network: Any, cond: QwenImage21Conditioning, stored: Tensor) -> _BlankPrefix:
-    count, channels, layout = len(stored), network.config.in_channels, cond.layout
-    width = network.config.context_in_dim
-    kind = {"dtype": network.dtype, "device": stored.device}
-    if cond.mask is None:
-        # An image of `frame` rows and no columns: no tokens to embed and throw away, yet it moves the target to the
-        # frame position that it has behind the true prefix.
-        text, sources = torch.zeros(count, 0, width, **kind), torch.zeros(count, 0, channels, **kind)
-        return _BlankPrefix(text, sources, [Grid(1, layout.frame, 0)], (), None)
-    # The key mask has one entry per prefix token, so the tokens have to be there.
-    length = sum(grid.tokens for grid in layout.sources)
-    text, sources = torch.zeros(count, len(layout.slots), width, **kind), torch.zeros(count, length, channels, **kind)
-    return _BlankPrefix(text, sources, layout.sources, layout.slots, cond.mask.index_select(0, stored))
-
-
-def _image_slots(slots: tuple[bool, ...], target: int, device: torch.device) -> Tensor:
-    """[1 L + target] bool; the network reads the layout off the first row."""
-    return torch.tensor([*slots, *[True] * target], device=device)[None]
-
-
-def _close_gap(network: Any, keys: tuple[Tensor, ...], *, padding: Tensor) -> tuple[Tensor, ...]:
-    """Rotate the keys [U S heads head_dim] of a prompt forward by its `padding` [U], on the frame axis.
-
-    The target stands behind the longest prompt of the batch, `padding` frames further from the tokens of a shorter one
-    than if that prompt were alone. Rotary attention sees differences of positions only, so moving the keys instead
-    gives each prompt exactly what it gets alone: the result does not depend on its neighbours.
-    """
-    table = network.pos_embed.freqs[0]
-    turn = table[padding.to(table.device)].to(padding.device)[:, None, None]
-    width = 2 * table.shape[1]
-
-    def rotate(key: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(key[..., :width].float().reshape(*key.shape[:-1], -1, 2))
-        return torch.cat([torch.view_as_real(pairs * turn).flatten(-2).type_as(key), key[..., width:]], dim=-1)
-
-    return tuple(rotate(key) for key in keys)
-
-
-def add_lora(
-    net: nn.Module,
-    rank: int,
-    alpha: float,
-    *,
-    seed: int = 0,
-    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
-) -> None:
-    """Attach trainable low-rank weights, W + alpha / rank B A, to the modules `targets`; freeze everything else.
-
-    B starts at zero, so the network computes what it did before; A is drawn from `seed`.
-    """
-    from peft import LoraConfig
-
-    net.requires_grad_(False)
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    if not any(name == target or name.endswith(f".{target}") for name in names for target in targets):
-        layers = sorted({name.split(".", 2)[-1] for name in names})
-        raise VelaturaError(f"LoRA found no linear layer called {', '.join(targets)}. There is: {', '.join(layers)}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # peft draws from the global generator
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
-        cast("Any", net).add_adapter(config, adapter_name=LORA_NAME)
-
-
-def merged_state(net: nn.Module) -> dict[str, Tensor]:
-    """The weights of the stock class that compute what `net` computes now: active LoRA weights are folded in."""
-    from peft.tuners.lora import LoraLayer
-
-    network = unwrap(net)
-    state = {
-        name.replace(".base_layer.", "."): tensor.detach()
-        for name, tensor in network.state_dict().items()
-        if ".lora_" not in name
-    }
-    for name, module in network.named_modules():
-        if isinstance(module, LoraLayer) and not module.disable_adapters:
-            delta = sum(module.get_delta_weight(adapter).detach() for adapter in module.active_adapters)
-            state[f"{name}.weight"] = state[f"{name}.weight"] + delta
-    return state
-
-
-def export_transformer(net: nn.Module, folder: Path) -> None:
-    """Write `config.json` and safetensors that `QwenImage21Transformer2DModel.from_pretrained` reads."""
-    from diffusers import QwenImage21Transformer2DModel
-
-    with torch.device("meta"):
-        plain = QwenImage21Transformer2DModel.from_config(unwrap(net).config)
-    plain.load_state_dict({name: tensor.cpu().contiguous() for name, tensor in merged_state(net).items()}, assign=True)
-    plain.save_pretrained(folder, safe_serialization=True)
+def _grid(size: Size) -> Grid:
+    return Grid(1, size[0] // PIXELS, size[1] // PIXELS)

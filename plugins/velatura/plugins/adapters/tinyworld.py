@@ -11,11 +11,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from velatura.api import Conditioning, Context, ModelAdapter, Options, Prompt, VelaturaError
-from velatura.plugins.adapters.qwen_image_21 import (
+from velatura.plugins.adapters.lora import add_lora
+from velatura.plugins.adapters.qwen_image_21_network import (
     Grid,
     Layout,
     QwenImage21Conditioning,
-    add_lora,
     prepare,
     velocity,
 )
@@ -118,7 +118,7 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
         shifted[0] = 1  # exactly, whatever the shift rounds to
         return torch.cat([shifted, torch.zeros(1)])
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor, prompt: Prompt | None = None) -> Tensor:
         """Latents [B 16 48] to images [B 3 24 24], RGB in [0, 1]."""
         return self._vae.to(x.device).decode(x)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from velatura.api import VelaturaError
-from velatura.plugins.adapters.qwen_image_21 import export_transformer
+from velatura.plugins.adapters.qwen_image_21_network import export_transformer
 from velatura.plugins.tinyworld import vae, words
 
 MARK = "velatura.json"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ class PromptLine(BaseModel):
     """Source images of an edit; paths seen from the file."""
     target: str | None = None
     """The picture to learn from, for supervised stages."""
+    size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """Height and width of the picture in pixels."""
     metadata: dict[str, Any] = Field(default_factory=dict)
     """Whatever the rewards need."""
 
@@ -55,7 +57,8 @@ class PromptFile(Task[PromptFileOptions]):
     """Prompts from a JSONL file.
 
     Each line is an object like {"prompt": "a red fox", "category": "animals"}; `id`, `category`, `sources` (paths of
-    the images to edit, seen from the file), `target` (the picture to learn from) and `metadata` may be left out.
+    the images to edit, seen from the file), `target` (the picture to learn from), `size` ([height, width]) and
+    `metadata` may be left out.
     """
 
     name = "prompts"
@@ -105,6 +108,7 @@ class FilePrompts(Sequence[Prompt]):
             category=line.category,
             sources=tuple(read_image(self._folder / source) for source in line.sources),
             target=read_image(self._folder / line.target) if line.target is not None else None,
+            size=line.size,
             metadata=line.metadata,
         )
 

@@ -10,12 +10,11 @@ from diffusers import QwenImage21Transformer2DModel
 from torch import Tensor, nn
 
 from velatura.api import VelaturaError
-from velatura.plugins.adapters.qwen_image_21 import (
+from velatura.plugins.adapters.lora import add_lora, merged_state
+from velatura.plugins.adapters.qwen_image_21_network import (
     Grid,
     Layout,
     QwenImage21Conditioning,
-    add_lora,
-    merged_state,
     prepare,
     velocity,
 )

@@ -1,0 +1,320 @@
+"""What the adapters of all diffusers families share: a model folder, its frozen parts, LoRA, sizes, noise, times.
+
+A family adds what is its own: how a prompt becomes a row of tensors, how these enter the transformer, how latents are
+packed and scaled, and its guidance rule. Text encoders and tokenizers are used through the family's stock pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from velatura.api import Conditioning, Context, ModelAdapter, Options, Prompt, VelaturaError
+from velatura.plugins.adapters.conditioning import Row, RowsConditioning
+from velatura.plugins.adapters.conditioning_cache import ConditioningCache, row_key, weights_hash
+from velatura.plugins.adapters.lora import ATTENTION, add_lora
+from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
+from velatura.plugins.adapters.pipeline_export import write_pipeline
+
+Size = tuple[int, int]
+"""Height and width."""
+
+
+class DiffusersOptions(Options):
+    """Where the model is, how large pictures are, and what is trained."""
+
+    path: str = Field(description="A model folder as diffusers saves it, seen from the recipe, or a name on the hub.")
+    revision: str | None = Field(None, description="On the hub: branch, tag or commit.")
+    height: int = Field(1024, ge=16, description="Of a picture whose prompt does not say, in pixels.")
+    width: int = Field(1024, ge=16, description="Of a picture whose prompt does not say, in pixels.")
+    lora_rank: int | None = Field(32, ge=1, description="Rank of the trained LoRA weights; null trains all weights.")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA weights count alpha / rank times; null: rank.")
+    lora_targets: tuple[str, ...] = Field(ATTENTION, min_length=1, description="Linear layers that LoRA is added to.")
+    seed: int = Field(0, ge=0, description="Draws the fresh half of the LoRA weights.")
+    negative_prompt: str = Field("", description="The text of the unconditional branch.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory.")
+    attention: str | None = Field(None, description="diffusers' attention back-end, such as `flash` or `native`.")
+    compile: bool = Field(False, description="torch.compile the blocks: faster after minutes of compilation.")
+    cache: bool = Field(True, description="Keep encoded prompts on disk, for every later run.")
+
+    @model_validator(mode="after")
+    def _alpha_needs_rank(self) -> DiffusersOptions:
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError("lora_alpha without lora_rank has no effect: set lora_rank, or leave lora_alpha out")
+        return self
+
+
+O = TypeVar("O", bound=DiffusersOptions)  # noqa: E741
+
+
+class DiffusersAdapter(ModelAdapter[O], Generic[O]):
+    """A flow-matching transformer in a diffusers model folder."""
+
+    pipelines: ClassVar[tuple[str, ...]]
+    """Pipeline classes (`_class_name` of model_index.json) that this adapter stands for."""
+    ragged: ClassVar[tuple[str, ...]] = ()
+    """Row tensors whose first axis differs between prompts."""
+    pads: ClassVar[bool] = False
+    """Whether prompts of different length may share a forward with the null condition: the network takes lists."""
+    sources: ClassVar[int | None] = 0
+    """How many source images a prompt may have; None for any number."""
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    """Parts of the pipeline that encode prompts: their weights name the cached rows."""
+    template: ClassVar[str] = "1"
+    """Raised when a family's rows come out differently."""
+
+    _context: Context | None = None
+
+    def setup(self, context: Context) -> None:
+        """Remember the device and where the recipe is; nothing is loaded before it is needed."""
+        self._context = context
+
+    # What a family adds
+
+    @property
+    @abstractmethod
+    def multiple(self) -> int:
+        """Heights and widths are multiples of this many pixels."""
+
+    @abstractmethod
+    def row(self, prompt: Prompt, text: str, size: Size) -> Row:
+        """What the network is told of one prompt, without a batch axis; `text` stands in for the prompt's own."""
+
+    @abstractmethod
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """Shape of the noise of one picture as the stock pipeline draws it, before packing."""
+
+    def pack(self, x: Tensor, size: Size) -> Tensor:
+        """Drawn noise [B ...] to the x of the loop [B ...]."""
+        return x
+
+    # The contract
+
+    def load(self, device: torch.device) -> nn.Module:
+        """The transformer; trainable are LoRA weights, or all of them."""
+        options = self.options
+        net = self.folder.transformer(self.dtype)
+        if options.lora_rank is not None:
+            alpha = options.lora_alpha or options.lora_rank
+            add_lora(net, options.lora_rank, alpha, seed=options.seed, targets=options.lora_targets)
+        stock: Any = net
+        if options.gradient_checkpointing:
+            stock.enable_gradient_checkpointing()
+        if options.attention is not None:
+            stock.set_attention_backend(options.attention)
+        if options.compile:
+            stock.compile_repeated_blocks()
+        return net.to(device)
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """The rows of P prompts of one layout, each encoded alone, so that none depends on its neighbours."""
+        return self._rows(prompts, [prompt.text for prompt in prompts])
+
+    def null(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """The same with the negative prompt; without source images one stored row serves all."""
+        if any(prompt.sources for prompt in prompts):
+            return self._rows(prompts, [self.options.negative_prompt] * len(prompts))
+        one = self._rows(prompts[:1], [self.options.negative_prompt])
+        return one.expand(len(prompts))  # type: ignore[attr-defined, no-any-return]
+
+    def collate(self, layout: tuple[Any, ...], rows: Sequence[Row]) -> Conditioning:
+        """Rows of one layout as a conditioning."""
+        return RowsConditioning.of(layout, rows, self.ragged, pads=self.pads)
+
+    def noise(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+        """Standard normal fp32, a CPU generator per seed; the same numbers as the stock pipeline's."""
+        size = self.size(prompts[0])
+        shape = (1, *self.latent_shape(size))
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return self.pack(torch.cat(drawn), size)
+
+    def times(self, steps: int, prompt: Prompt | None = None) -> Tensor:
+        """The sigmas of the model's own scheduler, its shift for this size applied: [steps + 1], 1 down to 0."""
+        size = self.size_of(prompt)
+        scheduler = self.folder.scheduler()
+        self.set_times(scheduler, steps, self.tokens(size))
+        sigmas: Tensor = scheduler.sigmas.float().cpu()
+        if not bool(sigmas.isfinite().all()):
+            raise VelaturaError(
+                f"The scheduler of {self.folder.path} has no time grid of {steps} step(s): with `shift_terminal` it "
+                "needs two or more. Raise `sampling.steps`."
+            )
+        return sigmas
+
+    def tokens(self, size: Size) -> int:
+        """Image tokens of a picture, on which the shift of its time grid depends."""
+        packed = self.pack(torch.empty(1, *self.latent_shape(size)), size)
+        return math.prod(packed.shape[1:-1])
+
+    def set_times(self, scheduler: Any, steps: int, tokens: int) -> None:
+        """Linearly spaced sigmas, shifted as the scheduler's configuration says for a picture of `tokens` tokens."""
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift_of(scheduler.config, tokens))
+
+    def fingerprint(self) -> str:
+        """A hash of the transformer's files."""
+        return weights_hash(self.folder.path / "transformer", self._hashes)
+
+    def describe(self) -> Mapping[str, Any]:
+        """Parameters, picture size, classes, and where the weights come from."""
+        facts = self.folder.facts()
+        return {
+            "pipeline": self.folder.pipeline_class,
+            "parameters": facts.parameters,
+            "trainable parameters": facts.trainable(self.options.lora_rank, self.options.lora_targets),
+            "image size": f"{self.options.width} x {self.options.height}",
+            "weights": str(self.folder.path),
+        }
+
+    def export(self, net: nn.Module, folder: Path, *, info: Mapping[str, Any]) -> None:
+        """A complete pipeline folder with the trained weights merged in, and beside them, in `lora`, the LoRA weights
+        alone as diffusers loads them; `info` is written to `velatura.json`."""
+        write_pipeline(net, folder, self.folder, info)
+
+    # Shared parts
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        """The model folder, found and checked.
+
+        Raises:
+            VelaturaError: there is none, or it is of another family.
+        """
+        return open_folder(self.options.path, self.options.revision, self._context, self.name, self.pipelines)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self._context.device if self._context else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network, the text encoders and the VAE."""
+        bf16 = self._context is not None and self._context.precision == "bf16"
+        return torch.bfloat16 if bf16 else torch.float32
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The stock pipeline without its transformer, on the CPU."""
+        return self.folder.pipeline(self.dtype)
+
+    @contextmanager
+    def on_device(self, *parts: str) -> Any:
+        """Frozen parts of the pipeline on the device for as long as they are used; it is the network's otherwise."""
+        modules = [getattr(self.pipe, part) for part in parts]
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield modules[0] if len(modules) == 1 else modules
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    def size_of(self, prompt: Prompt | None) -> Size:
+        """`size`, or the configured one where no prompt is known."""
+        return self.size(prompt if prompt is not None else Prompt(id="", text="", task="t2i"))
+
+    def size(self, prompt: Prompt) -> Size:
+        """Height and width of the picture for a prompt: its own, the shape of its last source at the configured area,
+        or the configured ones; to the nearest multiple below.
+
+        Raises:
+            VelaturaError: the prompt asks for a size that the network cannot draw.
+        """
+        multiple = self.multiple
+        if prompt.size is not None:
+            if prompt.size[0] % multiple or prompt.size[1] % multiple:
+                near = tuple(max(multiple, round(side / multiple) * multiple) for side in prompt.size)
+                raise VelaturaError(
+                    f"Prompt {prompt.id!r} asks for a picture of {prompt.size[1]} x {prompt.size[0]} pixels; the sides "
+                    f"of '{self.name}' are multiples of {multiple}. The nearest size is {near[1]} x {near[0]}."
+                )
+            return prompt.size
+        height, width = self.options.height, self.options.width
+        if prompt.sources:
+            area, ratio = height * width, prompt.sources[-1].shape[2] / prompt.sources[-1].shape[1]
+            width, height = sides(area, ratio)
+        return max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple)
+
+    def _rows(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Conditioning:
+        layouts = {self.layout(prompt) for prompt in prompts}
+        if len(layouts) > 1:
+            raise VelaturaError(f"'{self.name}' takes batches of one layout; these prompts have {len(layouts)}.")
+        for prompt in prompts:
+            self._check_sources(prompt)
+        with torch.no_grad():
+            rows = [self._row(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        return self.collate(layouts.pop(), rows)
+
+    def layout(self, prompt: Prompt) -> tuple[Any, ...]:
+        """Height and width of the picture, then those of its sources."""
+        return (self.size(prompt), *(tuple(source.shape[1:]) for source in prompt.sources))
+
+    def _check_sources(self, prompt: Prompt) -> None:
+        found = len(prompt.sources)
+        if prompt.task == "edit" and not found:
+            raise VelaturaError(f"Prompt {prompt.id!r} is an edit without a source image. Give it one in `sources`.")
+        if found and self.sources == 0:
+            raise VelaturaError(
+                f"Prompt {prompt.id!r} has {found} source image(s), but '{self.name}' only draws from text. Take a "
+                f"model that edits, such as 'qwen-image-21', or leave `sources` out."
+            )
+        if self.sources is not None and found > self.sources:
+            raise VelaturaError(f"Prompt {prompt.id!r} has {found} source images; '{self.name}' takes {self.sources}.")
+
+    def _row(self, prompt: Prompt, text: str) -> Row:
+        size = self.size(prompt)
+        if not self.options.cache or self._context is None:
+            return self.row(prompt, text, size)
+        cache = ConditioningCache(self._context.cache / "conditionings")
+        key = row_key(prompt, text, self._depends() | {"size": size})
+        row: Row | None = cache.get(key)
+        if row is None:
+            row = self.row(prompt, text, size)
+            cache.put(key, row)
+        return row
+
+    def _depends(self) -> dict[str, Any]:
+        """What rows depend on beside their prompt: encoders, options, version."""
+        trained = {"lora_rank", "lora_alpha", "lora_targets", "seed", "negative_prompt", "path", "revision", "cache",
+                   "gradient_checkpointing", "attention", "compile"}  # fmt: skip
+        return {
+            "family": self.name,
+            "template": self.template,
+            "dtype": str(self.dtype),
+            "options": self.options.model_dump(mode="json", exclude=trained),
+            "encoders": self._encoder_hashes,
+        }
+
+    @cached_property
+    def _encoder_hashes(self) -> dict[str, str]:
+        parts = [*self.encoders, *(("vae",) if self.sources != 0 else ())]
+        return {part: weights_hash(self.folder.path / part, self._hashes) for part in parts}
+
+    @property
+    def _hashes(self) -> Path:
+        """Where hashes of large files are remembered."""
+        return (self._context.cache if self._context else Path.home() / ".cache" / "velatura") / "hashes"
+
+
+def shift_of(config: Mapping[str, Any], tokens: int) -> float:
+    """The logarithm mu of the time shift for a picture of `tokens` tokens: linear between two configured sizes."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (most - least) / (high - low)
+    return float(tokens * slope + (least - slope * low))
+
+
+def sides(area: float, ratio: float) -> tuple[int, int]:
+    """Width and height of `area` and width / height `ratio`, each to the nearest multiple of 32 that is not 0."""
+    width = math.sqrt(area * ratio)
+    return max(32, round(width / 32) * 32), max(32, round(width / ratio / 32) * 32)

@@ -1,0 +1,80 @@
+"""A trained model as the folder that stock diffusers loads, and its LoRA weights alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from velatura.api import VelaturaError
+from velatura.plugins.adapters.lora import LORA_NAME, merged_state, unwrap
+from velatura.plugins.adapters.model_folder import ModelFolder
+from velatura.plugins.adapters.processors import name_stock_classes
+
+MARK = "velatura.json"
+"""The file by which an exported folder is recognised."""
+
+
+def write_pipeline(net: nn.Module, folder: Path, source: ModelFolder, info: Mapping[str, Any]) -> None:
+    """Write everything to a hidden sibling, then rename: `folder` is never half an export.
+
+    The frozen parts are copied from `source` file by file; the transformer is the stock class with merged weights.
+
+    Raises:
+        VelaturaError: `folder` holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise VelaturaError(f"{folder} exists and is no exported model (it has no {MARK}): name another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        shutil.copytree(source.path, draft, ignore=shutil.ignore_patterns("transformer", ".*"))
+        _write_transformer(net, draft / "transformer", source)
+        _write_lora(net, draft / "lora", source)
+        name_stock_classes(draft)
+        (draft / MARK).write_text(json.dumps(dict(info), indent=2, default=str) + "\n")
+        _swap(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_transformer(net: nn.Module, folder: Path, source: ModelFolder) -> None:
+    """Merged weights, in the precision of the source."""
+    with torch.device("meta"):
+        plain = source.transformer_class().from_config(source.config("transformer"))
+    state = {name: tensor.cpu().contiguous() for name, tensor in merged_state(net).items()}
+    plain.load_state_dict(state, assign=True)
+    plain.save_pretrained(folder, safe_serialization=True)
+
+
+def _write_lora(net: nn.Module, folder: Path, source: ModelFolder) -> None:
+    """`pytorch_lora_weights.safetensors`, where there are LoRA weights."""
+    from peft import get_peft_model_state_dict
+
+    network = unwrap(net)
+    if LORA_NAME not in getattr(network, "peft_config", {}):
+        return
+    import diffusers
+
+    pipeline: Any = getattr(diffusers, source.pipeline_class)
+    layers = get_peft_model_state_dict(network, adapter_name=LORA_NAME)
+    options = {"transformer_lora_layers": {name: tensor.cpu().contiguous() for name, tensor in layers.items()}}
+    config = network.peft_config[LORA_NAME]
+    if config.lora_alpha != config.r:
+        options["transformer_lora_adapter_metadata"] = config.to_dict()
+    pipeline.save_lora_weights(folder, **options)
+
+
+def _swap(draft: Path, folder: Path) -> None:
+    former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
+    if folder.exists():
+        folder.rename(former)
+    draft.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)

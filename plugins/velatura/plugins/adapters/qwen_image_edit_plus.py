@@ -1,0 +1,119 @@
+"""Qwen-Image-Edit-Plus (2509 and later): edits one or more source images by an instruction."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import ClassVar, cast
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from velatura.api import Conditioning, Prompt, VelaturaError
+from velatura.plugins.adapters.conditioning import Row, RowsConditioning
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, Size, sides
+from velatura.plugins.adapters.pictures import to_pil, to_signed
+from velatura.plugins.adapters.qwen_image import (
+    as_long_as,
+    decode,
+    encode,
+    grid,
+    latent_shape,
+    pack,
+    token_pixels,
+    token_velocity,
+)
+
+
+class QwenImageEditPlusOptions(DiffusersOptions):
+    """Options of `qwen-image-edit-plus`."""
+
+    negative_prompt: str = Field(" ", description="The text of the unconditional branch; the model card has a space.")
+    source_area: int = Field(
+        1024 * 1024, ge=32 * 32, description="Pixels of a source image as the network attends to it; its shape is kept."
+    )
+    encoder_area: int = Field(
+        384 * 384, ge=32 * 32, description="Pixels of a source image as the text encoder sees it; its shape is kept."
+    )
+
+
+class QwenImageEditPlus(DiffusersAdapter[QwenImageEditPlusOptions]):
+    """Qwen-Image-Edit-Plus, edits of any number of source images, at least one.
+
+    Latents are [B h*w 4C], a token per 2 x 2 latent pixels; the sources' tokens follow the target's in the network.
+    The picture has the shape of the last source. Guidance is null + scale (cond - null), each token of it rescaled to
+    the length it has in cond; null keeps the sources.
+    """
+
+    name = "qwen-image-edit-plus"
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
+    ragged: ClassVar[tuple[str, ...]] = ("text",)
+    sources = None
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "processor")
+
+    @cached_property
+    def multiple(self) -> int:
+        """Side of a token in pixels."""
+        return token_pixels(self.folder)
+
+    def row(self, prompt: Prompt, text: str, size: Size) -> Row:
+        """The last hidden states [L D] of the text encoder, which sees the sources, and the sources' tokens.
+
+        Raises:
+            VelaturaError: the prompt has no source image.
+        """
+        if not prompt.sources:
+            raise VelaturaError(
+                f"Prompt {prompt.id!r} has no source image, and '{self.name}' only edits. Give it one in `sources`, or "
+                "take a model that draws from text, such as 'qwen-image'."
+            )
+        with self.on_device("text_encoder", "vae"):
+            seen = [self._resized(source, self.options.encoder_area) for source in prompt.sources]
+            embeds, _ = self.pipe.encode_prompt(text, image=seen, device=self.device)
+            return {"text": embeds[0], "sources": torch.cat([self._tokens(source) for source in prompt.sources])}
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
+        """dx/dt [N h*w 4C] at x [N h*w 4C], t [N]."""
+        told = cast("RowsConditioning", cond)
+        size, *sources = cast("tuple[Size, ...]", told.layout)
+        sizes = (size, *(_resized_size(source, self.options.source_area) for source in sources))
+        return token_velocity(net, x, t, told, rows, tuple(grid(each, self.multiple) for each in sizes))
+
+    def guide(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
+        """null + scale (cond - null), each token as long as in cond."""
+        return as_long_as(cond, super().guide(cond, null, scale))
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """[1 C h w]: a video of one frame."""
+        return latent_shape(self.folder, size)
+
+    def pack(self, x: Tensor, size: Size) -> Tensor:
+        """[B 1 C h w] to [B h/2*w/2 4C]."""
+        return pack(x)
+
+    def decode(self, x: Tensor, prompt: Prompt | None = None) -> Tensor:
+        """Latents [B h*w 4C] to images [B 3 H W]."""
+        _, rows, columns = grid(self.size_of(prompt), self.multiple)
+        with torch.no_grad(), self.on_device("vae") as vae:
+            return decode(vae, x, rows, columns)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [B 3 H W] to x_0 [B h*w 4C]."""
+        with torch.no_grad(), self.on_device("vae") as vae:
+            return encode(vae, to_signed(images)).float()
+
+    def _resized(self, image: Tensor, area: int) -> Image.Image:
+        height, width = _resized_size((image.shape[1], image.shape[2]), area)
+        return cast("Image.Image", self.pipe.image_processor.resize(to_pil(image), height, width))
+
+    def _tokens(self, source: Tensor) -> Tensor:
+        """[h*w 4C]."""
+        signed = self.pipe.image_processor.preprocess(self._resized(source, self.options.source_area))
+        return encode(self.pipe.vae, signed)[0]
+
+
+def _resized_size(size: Size, area: int) -> Size:
+    """Height and width of a source image of `size` that is resized to `area`."""
+    width, height = sides(area, size[1] / size[0])
+    return height, width

@@ -1,0 +1,237 @@
+"""What all diffusers adapters share: folders, sizes, cached rows, LoRA, export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from velatura.api import Context, Prompt, VelaturaError
+from velatura.plugins.adapters.lora import LORA_NAME
+from velatura.plugins.adapters.qwen_image_21 import QwenImage21, QwenImage21Options
+
+sys.path.insert(0, str(Path(__file__).with_name("families")))
+CPU = torch.device("cpu")
+PROMPT = Prompt(id="p", text="a red fox", task="t2i")
+PIXELS = torch.rand(3, 80, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import qwen_image_21
+
+    return qwen_image_21.build(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def adapter_of(folder: Path | str, cache: Path, **options: Any) -> QwenImage21:
+    made = QwenImage21(QwenImage21Options(path=str(folder), **{"height": 64, "width": 96, **options}))
+    made.setup(Context(device=CPU, cache=cache, seed=0, base=cache))
+    return made
+
+
+def edit(*sources: Tensor, **facts: Any) -> Prompt:
+    return Prompt(**{"id": "e", "text": "make it blue", "task": "edit", "sources": sources, **facts})
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(VelaturaError, match=r"has no model_index\.json \(there is: notes\.txt\)"):
+        adapter_of(tmp_path, tmp_path / "cache").load(CPU)
+
+
+def test_a_model_of_another_family_names_the_adapter_to_take(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    index = json.loads((other / "model_index.json").read_text())
+    for found, remedy in [
+        ("StableDiffusion3Pipeline", "Use adapter 'sd3'"),
+        ("FluxPipelin", "Did you mean 'FluxPipeline'"),
+        ("WanPipeline", "adapter 'diffusers-flow'"),
+    ]:
+        (other / "model_index.json").write_text(json.dumps({**index, "_class_name": found}))
+        with pytest.raises(VelaturaError, match=f"holds a {found}, and adapter 'qwen-image-21' stands for") as caught:
+            adapter_of(other, tmp_path).load(CPU)
+        assert remedy in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(VelaturaError, match=r"there is no model folder .*models/qwen/x/y"):
+        adapter_of("models/qwen/x/y", tmp_path).load(CPU)
+
+
+def test_a_folder_without_its_transformer(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken, ignore=shutil.ignore_patterns("transformer"))
+    with pytest.raises(VelaturaError, match="has no transformer"):
+        adapter_of(broken, tmp_path).load(CPU)
+
+
+def test_the_size_is_the_prompts_or_the_sources_or_the_configured_one(folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(folder, tmp_path)
+    assert adapter.size(PROMPT) == (64, 96)
+    assert adapter.size(Prompt(id="q", text="x", task="t2i", size=(96, 32))) == (96, 32)
+    height, width = adapter.size(edit(torch.zeros(3, 200, 100)))
+    assert (height, width) == (96, 64)  # twice as high as wide, of nearly the configured area
+    with pytest.raises(VelaturaError, match=r"multiples of 32\. The nearest size is 64 x 96"):
+        adapter.size(Prompt(id="q", text="x", task="t2i", size=(100, 70)))
+
+
+def test_an_edit_needs_a_source_and_a_batch_one_layout(folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(folder, tmp_path)
+    with pytest.raises(VelaturaError, match="is an edit without a source image"):
+        adapter.encode([edit()])
+    with pytest.raises(VelaturaError, match="batches of one layout; these prompts have 2"):
+        adapter.encode([PROMPT, Prompt(id="q", text="x", task="t2i", size=(32, 32))])
+
+
+def test_a_prompt_is_encoded_once_and_read_from_disk_ever_after(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = adapter_of(folder, tmp_path)
+    expected = first.encode([edit(PIXELS), edit(PIXELS, id="f", text="and now green, please")])
+    first.null([PROMPT])
+    again = adapter_of(folder, tmp_path, lora_rank=None)
+    monkeypatch.setattr(QwenImage21, "row", lambda *_: pytest.fail("encoded a second time"))
+    found = again.encode([edit(PIXELS), edit(PIXELS, id="f", text="and now green, please")])
+    assert torch.equal(found.text, expected.text)
+    assert torch.equal(found.sources, expected.sources)
+    again.null([PROMPT])
+
+
+@pytest.mark.parametrize("change", ["text", "pixels", "size", "encoder"])
+def test_a_row_is_encoded_anew_when_anything_it_depends_on_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    adapter_of(folder, tmp_path / "cache").encode([edit(PIXELS)])
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    if change == "encoder":
+        (copy / "text_encoder" / "config.json").write_text(json.dumps(
+            json.loads((copy / "text_encoder" / "config.json").read_text()) | {"note": "another"}
+        ))  # fmt: skip
+    prompt = {
+        "text": edit(PIXELS, text="make it red"),
+        "pixels": edit(PIXELS.flip(1)),
+        "size": edit(PIXELS, size=(32, 32)),
+    }.get(change, edit(PIXELS))
+    encoded = []
+    row = QwenImage21.row
+    monkeypatch.setattr(QwenImage21, "row", lambda *a: encoded.append(1) or row(*a))
+    adapter_of(copy, tmp_path / "cache").encode([prompt])
+    assert encoded == [1]
+
+
+def test_a_copied_model_shares_the_rows_of_the_original(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter_of(folder, tmp_path / "cache").encode([PROMPT])
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.setattr(QwenImage21, "row", lambda *_: pytest.fail("encoded a second time"))
+    adapter_of(tmp_path / "copy", tmp_path / "cache").encode([PROMPT])
+
+
+def test_a_cached_row_that_was_cut_off_is_made_again(folder: Path, tmp_path: Path) -> None:
+    expected = adapter_of(folder, tmp_path).encode([PROMPT])
+    (file,) = (tmp_path / "conditionings").glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(adapter_of(folder, tmp_path).encode([PROMPT]).text, expected.text)
+    assert file.stat().st_size > 50
+
+
+def test_prompts_of_different_length_are_padded_and_each_gets_what_it_gets_alone(folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(folder, tmp_path)
+    net = adapter.load(CPU)
+    prompts = [PROMPT, Prompt(id="q", text="a much longer prompt", task="t2i")]
+    x, t = adapter.noise(prompts, [1, 2]), torch.tensor([0.9, 0.4])
+    with torch.no_grad():
+        both = adapter.velocity(net, x, t, adapter.prepare(net, adapter.encode(prompts)), torch.arange(2))
+        for i, prompt in enumerate(prompts):
+            alone = adapter.prepare(net, adapter.encode([prompt]))
+            single = adapter.velocity(net, x[i : i + 1], t[i : i + 1], alone, torch.zeros(1, dtype=torch.int64))
+            torch.testing.assert_close(both[i : i + 1], single, rtol=0, atol=2e-6)
+
+
+def test_lora_trains_little_and_without_it_the_network_is_the_base(folder: Path, tmp_path: Path) -> None:
+    adapter, plain = adapter_of(folder, tmp_path, lora_rank=4), adapter_of(folder, tmp_path, lora_rank=None)
+    net, base = adapter.load(CPU), plain.load(CPU)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == adapter.describe()["trainable parameters"]
+    assert sum(p.numel() for p in base.parameters()) == plain.describe()["trainable parameters"]
+    for p in trained:
+        torch.nn.init.normal_(p, std=0.3)
+    x, t, rows = adapter.noise([PROMPT], [1]), torch.tensor([0.7]), torch.zeros(1, dtype=torch.int64)
+    cond = adapter.encode([PROMPT])
+    with torch.no_grad():
+        moved, before = adapter.velocity(net, x, t, cond, rows), adapter.velocity(base, x, t, cond, rows)
+        net.disable_adapters()
+        assert torch.equal(adapter.velocity(net, x, t, cond, rows), before)
+    assert not torch.equal(moved, before)
+
+
+def test_a_lora_target_that_matches_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(VelaturaError, match=r"no linear layer called to_qq\. There is: .*attn\.to_q"):
+        adapter_of(folder, tmp_path, lora_targets=("to_q", "to_qq")).load(CPU)
+
+
+RELOAD = """
+import sys, torch
+from diffusers import DiffusionPipeline, QwenImage21Pipeline
+from transformers import AutoTokenizer
+assert not any(name.startswith("velatura") for name in sys.modules)
+folder, base, latents, out = sys.argv[1:]
+x = torch.load(latents)
+def velocity(net):
+    text = torch.ones(1, 5, net.config.context_in_dim)
+    mask = torch.tensor([[False] * 5 + [True] * (x.shape[1] // 4)])
+    return net(x, text, torch.tensor([0.5]), [[(1, 4, 6)]], mask, return_dict=False)[0][:, -x.shape[1]:]
+from diffusers import QwenImage21Transformer2DModel
+with torch.no_grad():
+    merged = QwenImage21Transformer2DModel.from_pretrained(folder + "/transformer").eval()
+    layered = QwenImage21Transformer2DModel.from_pretrained(base + "/transformer").eval()
+    state = QwenImage21Pipeline.lora_state_dict(folder + "/lora")
+    QwenImage21Pipeline.load_lora_into_transformer(state, layered)
+    torch.save([velocity(merged), velocity(layered)], out)
+"""
+
+
+def test_an_exported_model_and_its_lora_weights_load_with_stock_diffusers_alone(folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(folder, tmp_path, lora_rank=4)
+    net = adapter.load(CPU)
+    for p in net.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(3))
+    adapter.export(net, tmp_path / "export", info={"guidance_scale": 1.0})
+    index = json.loads((tmp_path / "export" / "model_index.json").read_text())
+    assert index["processor"] == ["transformers", "Qwen3VLProcessor"]
+    assert json.loads((tmp_path / "export" / "velatura.json").read_text()) == {"guidance_scale": 1.0}
+    x = adapter.noise([PROMPT], [1])
+    torch.save(x, tmp_path / "x.pt")
+    paths = (tmp_path / "export", folder, tmp_path / "x.pt", tmp_path / "v.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, *paths], check=True, timeout=120, cwd=tmp_path)
+    merged, layered = torch.load(tmp_path / "v.pt")
+    text = torch.ones(1, 5, net.config.context_in_dim)
+    mask = torch.tensor([[False] * 5 + [True] * (x.shape[1] // 4)])
+    with torch.no_grad():
+        ours = net(x, text, torch.tensor([0.5]), [[(1, 4, 6)]], mask, return_dict=False)[0][:, -x.shape[1] :]
+    assert LORA_NAME in net.peft_config
+    torch.testing.assert_close(merged, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(layered, ours, rtol=0, atol=1e-6)
+
+
+def test_the_exported_folder_opens_with_the_same_adapter(folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(folder, tmp_path)
+    adapter.export(adapter.load(CPU), tmp_path / "export", info={})
+    again = adapter_of(tmp_path / "export", tmp_path, lora_rank=None)
+    assert again.encode([PROMPT]).text.shape == adapter.encode([PROMPT]).text.shape
+    picture = again.decode(again.noise([PROMPT], [1]), PROMPT)
+    assert picture.shape == (1, 3, 64, 96)
+    assert 0 <= float(picture.min()) <= float(picture.max()) <= 1
+    assert again.latents(picture).shape == again.noise([PROMPT], [1]).shape
