@@ -30,9 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return qwen_image_21.build(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def adapter_of(folder: Path | str, cache: Path, **options: Any) -> QwenImage21:
+def adapter_of(folder: Path | str, place: Path, **options: Any) -> QwenImage21:
     made = QwenImage21(QwenImage21Options(path=str(folder), **{"height": 64, "width": 96, **options}))
-    made.setup(Context(device=CPU, cache=cache, seed=0, base=cache))
+    made.setup(Context(device=CPU, cache=place, seed=0, base=place))
     return made
 
 
@@ -127,6 +127,20 @@ def test_a_row_is_encoded_anew_when_anything_it_depends_on_changed(
     monkeypatch.setattr(QwenImage21, "row", lambda *a: encoded.append(1) or row(*a))
     adapter_of(copy, tmp_path / "cache").encode([prompt])
     assert encoded == [1]
+
+
+def test_frozen_parts_stay_for_a_batch_of_rows_and_leave_with_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_of(folder, tmp_path, cache=False)
+    moves: list[str] = []
+    to = adapter.pipe.text_encoder.to
+    monkeypatch.setattr(adapter.pipe.text_encoder, "to", lambda where: moves.append(str(where)) or to(where))
+    adapter.encode([PROMPT, Prompt(id="q", text="two foxes", task="t2i")])
+    assert moves == ["cpu", "cpu", "cpu"]  # to the device for each row, where it is already; away once, at the end
+    with adapter.on_device("text_encoder"):
+        pass
+    assert len(moves) == 5
 
 
 def test_a_copied_model_shares_the_rows_of_the_original(

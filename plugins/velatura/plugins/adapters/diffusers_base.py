@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -72,8 +72,12 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
     """Parts of the pipeline that encode prompts: their weights name the cached rows."""
     template: ClassVar[str] = "1"
     """Raised when a family's rows come out differently."""
+    beside_rows: ClassVar[tuple[str, ...]] = ()
+    """Options of the family that rows do not depend on: changing them encodes nothing anew."""
 
     _context: Context | None = None
+    _staying: bool = False
+    """Whether frozen parts stay on the device between two rows."""
 
     def setup(self, context: Context) -> None:
         """Remember the device and where the recipe is; nothing is loaded before it is needed."""
@@ -216,8 +220,22 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
                 module.to(self.device)
             yield modules[0] if len(modules) == 1 else modules
         finally:
-            for module in modules:
-                module.to("cpu")
+            if not self._staying:
+                for module in modules:
+                    module.to("cpu")
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Frozen parts that come to the device stay there until the end of this."""
+        self._staying = True
+        try:
+            yield
+        finally:
+            self._staying = False
+            if "pipe" in self.__dict__:
+                for module in self.pipe.components.values():
+                    if isinstance(module, nn.Module):
+                        module.to("cpu")
 
     def size_of(self, prompt: Prompt | None) -> Size:
         """`size`, or the configured one where no prompt is known."""
@@ -251,7 +269,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
             raise VelaturaError(f"'{self.name}' takes batches of one layout; these prompts have {len(layouts)}.")
         for prompt in prompts:
             self._check_sources(prompt)
-        with torch.no_grad():
+        with torch.no_grad(), self.staying():
             rows = [self._row(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         return self.collate(layouts.pop(), rows)
 
@@ -286,7 +304,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
     def _depends(self) -> dict[str, Any]:
         """What rows depend on beside their prompt: encoders, options, version."""
         trained = {"lora_rank", "lora_alpha", "lora_targets", "seed", "negative_prompt", "path", "revision", "cache",
-                   "gradient_checkpointing", "attention", "compile"}  # fmt: skip
+                   "gradient_checkpointing", "attention", "compile", *self.beside_rows}  # fmt: skip
         return {
             "family": self.name,
             "template": self.template,

@@ -49,6 +49,7 @@ class Flux(DiffusersAdapter[FluxOptions]):
 
     name = "flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline", KONTEXT)
+    beside_rows: ClassVar[tuple[str, ...]] = ("embedded_guidance", "true_cfg", "height", "width")
     sources = 1
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
 

@@ -53,6 +53,7 @@ class Flux2(DiffusersAdapter[Flux2Options]):
 
     name = "flux2"
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2Pipeline", KLEIN)
+    beside_rows: ClassVar[tuple[str, ...]] = ("embedded_guidance", "height", "width")
     sources = None
 
     @cached_property

@@ -64,6 +64,8 @@ def _write_lora(net: nn.Module, folder: Path, source: ModelFolder) -> None:
     import diffusers
 
     pipeline: Any = getattr(diffusers, source.pipeline_class)
+    if not hasattr(pipeline, "save_lora_weights"):
+        return  # a pipeline class that loads none; the merged transformer has them
     layers = get_peft_model_state_dict(network, adapter_name=LORA_NAME)
     options = {"transformer_lora_layers": {name: tensor.cpu().contiguous() for name, tensor in layers.items()}}
     config = network.peft_config[LORA_NAME]

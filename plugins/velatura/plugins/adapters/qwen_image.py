@@ -37,6 +37,7 @@ class QwenImage(DiffusersAdapter[QwenImageOptions]):
 
     name = "qwen-image"
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
+    beside_rows: ClassVar[tuple[str, ...]] = ("height", "width")
     ragged: ClassVar[tuple[str, ...]] = ("text",)
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
 

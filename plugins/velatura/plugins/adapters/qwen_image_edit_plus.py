@@ -48,6 +48,7 @@ class QwenImageEditPlus(DiffusersAdapter[QwenImageEditPlusOptions]):
 
     name = "qwen-image-edit-plus"
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
+    beside_rows: ClassVar[tuple[str, ...]] = ("height", "width")
     ragged: ClassVar[tuple[str, ...]] = ("text",)
     sources = None
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "processor")

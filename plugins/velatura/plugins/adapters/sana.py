@@ -38,6 +38,7 @@ class Sana(DiffusersAdapter[SanaOptions]):
 
     name = "sana"
     pipelines: ClassVar[tuple[str, ...]] = ("SanaPipeline",)
+    beside_rows: ClassVar[tuple[str, ...]] = ("height", "width")
 
     @property
     def multiple(self) -> int:

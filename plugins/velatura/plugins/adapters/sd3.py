@@ -31,6 +31,7 @@ class SD3(DiffusersAdapter[SD3Options]):
 
     name = "sd3"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    beside_rows: ClassVar[tuple[str, ...]] = ("height", "width")
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
     @property

@@ -39,6 +39,7 @@ class ZImage(DiffusersAdapter[ZImageOptions]):
 
     name = "z-image"
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
+    beside_rows: ClassVar[tuple[str, ...]] = ("guidance_limit", "height", "width")
     ragged: ClassVar[tuple[str, ...]] = ("text",)
     pads = True
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
