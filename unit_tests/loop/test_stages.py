@@ -19,8 +19,9 @@ from velatura.core.points import MicroBatch
 from velatura.core.probe import make_probe, probe_error
 from velatura.core.recipe import load_recipe
 from velatura.core.registry import Registry
-from velatura.core.rollout import Sampler
+from velatura.core.rollout import Chunk, Sampler
 from velatura.core.stages.common import MetricsLog, StageRun
+from velatura.core.stages.distill import Loop, Visit
 from velatura.core.stages.rl import groups_of, signal_groups
 from velatura.core.stages.supervised import micro_batches
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter
@@ -219,3 +220,35 @@ def test_a_log_that_goes_on_from_a_checkpoint_forgets_what_came_after_it(tmp_pat
     MetricsLog(path, start=2).add(2, {"loss": 7.0})
     lines = path.read_text().splitlines()
     assert lines == ['{"step": 0, "loss": 0.1}', '{"step": 1, "loss": 1.1}', '{"step": 2, "loss": 7.0}']
+
+
+def visit(prompts: list[Prompt], numbers: list[int], of: int) -> Visit:
+    """Some prompts of a route in the hands of the student, one sample each."""
+    rows = torch.arange(len(prompts))
+    latents = torch.zeros(len(prompts), 2)
+    trajectory = torch.arange(4.0)[:, None, None] + torch.zeros(4, len(prompts), 2)
+    chunk = Chunk(rows=rows, samples=(), latents=latents, trajectory=trajectory, network_rows=0)
+    plan = StepPlan.training(torch.tensor([0, 2]), steps=3)
+    times = torch.tensor([1.0, 0.6, 0.3, 0.0])
+    return Visit(chunk=chunk, prompts=prompts, numbers=numbers, times=times, plan=plan, of=of)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_the_updates_of_a_distillation_step_share_its_prompts_and_weigh_routes_alike(
+    drawings: Make, edits: Make, updates: int
+) -> None:
+    config = SimpleNamespace(updates_per_step=updates, micro_batch=100)
+    loop = SimpleNamespace(
+        stage=SimpleNamespace(config=config), streams={"t2i": 0, "edit": 0}, distiller=VelocityMatch()
+    )
+    loop.ask = lambda *a, **k: Loop.ask(loop, *a, **k)
+    draw, change = drawings(5), edits(3)
+    visits = [visit(draw[:2], [0, 1], 5), visit(draw[2:], [2, 3, 4], 5), visit(change, [0, 1, 2], 3)]
+    seen: list[str] = []
+    for share in range(updates):
+        batches = Loop.micro_batches(loop, visits, share)
+        seen += [prompt.id for batch in batches for prompt in batch.prompts]
+        for teacher in ("teacher/t2i", "teacher/edit"):
+            weight = sum(float(batch.points.weight.sum()) for batch in batches if batch.teacher == teacher)
+            assert weight == pytest.approx(0.5)
+    assert sorted(seen) == sorted(prompt.id for prompt in [*draw, *change])

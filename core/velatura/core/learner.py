@@ -37,6 +37,13 @@ class Tally:
         """Sum `value` into a metric."""
         self.metrics[name] = self.metrics.get(name, 0.0) + value
 
+    def include(self, other: Tally, share: float) -> None:
+        """Add another step's rows, and `share` of its metrics."""
+        for name, value in other.metrics.items():
+            self.add(name, value * share)
+        self.forward_rows += other.forward_rows
+        self.gradient_rows += other.gradient_rows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learner:

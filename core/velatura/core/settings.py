@@ -228,6 +228,9 @@ class DistillStage(Settings):
     init: str = Field("base", description="The model to start from: `base` or a stage.")
     steps: Count = Field(100, description="Rounds of sampling and learning.")
     prompts_per_step: Count = Field(16, description="Prompts in a round.")
+    updates_per_step: Count = Field(
+        1, description="Optimiser steps on the states of a round, each on its prompts' share."
+    )
     micro_batch: Count = Field(256, description="State points in one forward of an update.")
     checkpoint_every: Count = Field(
         1, description="Steps between checkpoints: how many a run that is cut off may have to repeat."
@@ -238,15 +241,21 @@ class DistillStage(Settings):
     probe_every: Count = Field(10, description="Steps between such measurements.")
 
     @model_validator(mode="after")
+    def _has_time_to_learn(self) -> DistillStage:
+        _leaves_warmup(self.optimizer, self.steps * self.updates_per_step)
+        share = self.prompts_per_step // max(1, len(self.teachers))
+        if self.updates_per_step > max(1, share):
+            raise ValueError(
+                f"updates_per_step {self.updates_per_step} leaves nothing for some of them: a route has {share} "
+                f"prompts a step. Take more prompts_per_step, or fewer updates"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _routes_have_teachers(self) -> DistillStage:
         for route in self.prompts:
             if route not in self.teachers:
                 raise ValueError(f"'prompts' has a route {route!r}, for which 'teachers' names nobody")
-        return self
-
-    @model_validator(mode="after")
-    def _has_time_to_learn(self) -> DistillStage:
-        _leaves_warmup(self.optimizer, self.steps)
         return self
 
 

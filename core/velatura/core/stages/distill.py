@@ -18,7 +18,7 @@ from velatura.core.components import Distiller, TimestepSampler
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
 from velatura.core.errors import RecipeError
-from velatura.core.learner import Learner
+from velatura.core.learner import Learner, Tally
 from velatura.core.points import Group, MicroBatch, pieces, trajectory_points
 from velatura.core.policy import CURRENT
 from velatura.core.probe import Probe, make_probe, probe_error
@@ -27,7 +27,22 @@ from velatura.core.seeds import derive, generator
 from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_weights, weights_of
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
-from velatura.core.types import Prompt, Role
+from velatura.core.types import Prompt, Role, StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """Where the student passed for some prompts of one layout."""
+
+    chunk: Chunk
+    prompts: Sequence[Prompt]
+    """What the chunk's rows count in."""
+    numbers: Sequence[int]
+    """Of these prompts among all of their route in this step."""
+    times: Tensor
+    plan: StepPlan
+    of: int
+    """How many prompts the route has in this step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +61,18 @@ class Loop:
     showcases: Sequence[Showcase]
 
     def step(self, index: int) -> dict[str, float]:
-        """The student draws a few prompts of every route; one optimiser step on what the teachers say."""
+        """The student draws a few prompts of every route, and learns what the teachers say of where it passed."""
         watch, config = Stopwatch(), self.stage.config
         self.learner.encoder.forget()
-        batches: list[MicroBatch] = []
         with watch.phase("rollout"):
-            for route, stream in self.streams.items():
-                batches += self.visit(index, route, next(stream))
-        batches = [replace(b, points=replace(b.points, weight=b.points.weight / len(self.streams))) for b in batches]
+            visits = [v for route, stream in self.streams.items() for v in self.visit(index, route, next(stream))]
+        total = Tally()
         with watch.phase("update"):
-            tally = self.learner.learn(batches)
-        metrics = tally.metrics | {
-            "rows/forward": float(tally.forward_rows),
-            "rows/gradient": float(tally.gradient_rows),
+            for share in range(config.updates_per_step):
+                total.include(self.learner.learn(self.micro_batches(visits, share)), 1 / config.updates_per_step)
+        metrics = total.metrics | {
+            "rows/forward": float(total.forward_rows),
+            "rows/gradient": float(total.gradient_rows),
         }
         if (index + 1) % config.probe_every == 0 or index + 1 == config.steps or index == 0:
             with watch.phase("probe"):
@@ -69,39 +83,47 @@ class Loop:
                     showcase.draw(index + 1)
         return metrics | watch.seconds
 
-    def visit(self, index: int, route: str, prompts: Sequence[Prompt]) -> list[MicroBatch]:
-        """The student's own trajectories, without gradient, cut into points to ask the teacher about."""
-        alike = by_layout(self.sampler.adapter, prompts)
-        return [b for rows in alike for b in self._visit(index, route, [prompts[row] for row in rows], len(prompts))]
+    def visit(self, index: int, route: str, prompts: Sequence[Prompt]) -> list[Visit]:
+        """The student's own trajectories, without gradient."""
+        visits = []
+        for rows in by_layout(self.sampler.adapter, prompts):
+            own = [prompts[row] for row in rows]
+            seeds = [[derive(self.stage.seed, "student", index, route, prompt.id)] for prompt in own]
+            times = self.sampler.adapter.times(self.sampler.steps, own[0])
+            plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index, route))
+            with self.learner.policy.wearing(CURRENT) as net:
+                chunks = list(
+                    rollout(net, self.sampler, own, seeds, plan, keep_trajectory=True, encoder=self.learner.encoder)
+                )
+            visits += [
+                Visit(chunk=chunk, prompts=own, numbers=rows, times=times, plan=plan, of=len(prompts))
+                for chunk in chunks
+            ]
+        return visits
 
-    def _visit(self, index: int, route: str, prompts: Sequence[Prompt], count: int) -> list[MicroBatch]:
-        """Those of one layout, `count` being all prompts of the route."""
-        seeds = [[derive(self.stage.seed, "student", index, route, prompt.id)] for prompt in prompts]
-        times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
-        plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index, route))
-        with self.learner.policy.wearing(CURRENT) as net:
-            chunks = list(
-                rollout(net, self.sampler, prompts, seeds, plan, keep_trajectory=True, encoder=self.learner.encoder)
-            )
-        return [
-            batch
-            for chunk in chunks
-            for batch in self.ask(chunk, prompts, times, plan.train, plan.weight, total=count * len(plan.train))
-        ]
+    def micro_batches(self, visits: Sequence[Visit], share: int) -> list[MicroBatch]:
+        """Points of one optimiser step: every `updates_per_step`-th prompt of every route, routes weighing the same."""
+        every = self.stage.config.updates_per_step
+        batches = []
+        for visit in visits:
+            count = len(range(share, visit.of, every)) * len(visit.plan.train) * len(self.streams)
+            chosen = [b for b, row in enumerate(visit.chunk.rows.tolist()) if visit.numbers[row] % every == share]
+            batches += self.ask(visit, chosen, total=count)
+        return batches
 
-    def ask(
-        self, chunk: Chunk, prompts: Sequence[Prompt], times: Tensor, train: Tensor, weight: Tensor, *, total: int
-    ) -> list[MicroBatch]:
-        """Micro-batches of one chunk, each for one teacher."""
+    def ask(self, visit: Visit, chosen: Sequence[int], *, total: int) -> list[MicroBatch]:
+        """Micro-batches of the chosen samples of a chunk, each for one teacher."""
+        chunk, train = visit.chunk, visit.plan.train
         if chunk.trajectory is None:
             raise ValueError("distillation needs the visited states")
         by_teacher: dict[str, list[Group]] = {}
-        for b, row in enumerate(chunk.rows.tolist()):
-            name = f"teacher/{self.distiller.teacher(prompts[row])}"
-            by_teacher.setdefault(name, []).append(Group(prompt=prompts[row], samples=(b,), numbers=(0,)))
-        zeros = torch.zeros(len(chunk.rows))
+        for b in chosen:
+            prompt = visit.prompts[int(chunk.rows[b])]
+            name = f"teacher/{self.distiller.teacher(prompt)}"
+            by_teacher.setdefault(name, []).append(Group(prompt=prompt, samples=(b,), numbers=(0,)))
+        zeros, weight = torch.zeros(len(chunk.rows)), visit.plan.weight
         return [
-            replace(trajectory_points(part, chunk.trajectory, zeros, times, train, weight, total), teacher=name)
+            replace(trajectory_points(part, chunk.trajectory, zeros, visit.times, train, weight, total), teacher=name)
             for name, groups in by_teacher.items()
             for part in pieces(groups, len(train), self.stage.config.micro_batch)
         ]
@@ -114,7 +136,7 @@ class Loop:
 def run(stage: StageRun) -> dict[str, Any]:
     """Train one student from several teachers."""
     config = stage.config
-    training = Training(stage, sets=())
+    training = Training(stage, sets=(), updates_per_step=config.updates_per_step)
     for name, source in config.teachers.items():
         path = weights_of(stage.run_folder, source)
         training.policy.put(

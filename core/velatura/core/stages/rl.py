@@ -133,11 +133,7 @@ class Loop:
             batches = self.micro_batches(index, share, made, advantages.values)
             if self.learner.policy.same(SET_OF[Role.REFERENCE], CURRENT):  # no weight has moved yet
                 self_check(self.learner, batches[0])
-            tally = self.learner.learn(batches)
-            for name, value in tally.metrics.items():
-                total.add(name, value / len(filled))
-            total.forward_rows += tally.forward_rows
-            total.gradient_rows += tally.gradient_rows
+            total.include(self.learner.learn(batches), 1 / len(filled))
         total.metrics.setdefault("loss", 0.0)
         return total
 
