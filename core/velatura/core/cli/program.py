@@ -30,9 +30,10 @@ OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says. 0: done; 2: the user can mend it, one message says how; 130: Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Before torch is loaded. Threads that spin while they wait take the cores from those they wait for as soon as the
-    # machine does anything else: two threads beside one busy process were thirty times slower than one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is loaded. Threads that spin long while they wait take the cores from those they wait for as soon as
+    # the machine does anything else: two threads beside one busy process were thirty times slower than one.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         return _dispatch(arguments)
     except VelaturaError as error:
