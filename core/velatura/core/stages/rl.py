@@ -32,7 +32,6 @@ from velatura.core.types import (
     Rollout,
     RolloutPart,
     Sample,
-    StepPlan,
     group_rows,
 )
 
@@ -90,7 +89,9 @@ class Loop:
         first = network_rows = 0
         for count in alike:
             chunks = []
-            own, times, plan = self._planned(index, prompts[first : first + count])
+            own = prompts[first : first + count]
+            times = self.sampler.adapter.times(self.sampler.steps, own[0])
+            plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index))
             with self.learner.policy.wearing(SET_OF[self.learner.objective.requires.rollout_role]) as net:
                 for chunk in rollout(net, self.sampler, own, self._seeds(index, own), plan,
                                      keep_trajectory=self._trajectories, encoder=self.learner.encoder):  # fmt: skip
@@ -112,11 +113,6 @@ class Loop:
     @property
     def _trajectories(self) -> bool:
         return self.learner.objective.requires.points == "trajectory"
-
-    def _planned(self, index: int, prompts: Sequence[Prompt]) -> tuple[Sequence[Prompt], Tensor, StepPlan]:
-        """Prompts of one layout, their time grid, and which of its steps are trained."""
-        times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
-        return prompts, times, self.timesteps.plan(times, generator(self.stage.seed, "plan", index))
 
     def _seeds(self, index: int, prompts: Sequence[Prompt]) -> list[list[int]]:
         every = range(self.stage.config.group_size)
