@@ -26,6 +26,7 @@ SMALL = [
     *(f"stages.{name}.prompts_per_step=2" for name in ("teacher_t2i", "teacher_edit", "student")),
     "stages.student.probe_prompts=2",
     *(f"stages.compare.tasks.{route}.with.eval_count=6" for route in ("t2i", "edit")),
+    "stages.curate_edit.prompt_filter.with.threshold=0",
     "stages.compare.bootstrap=20",
     "stages.compare.seeds_per_prompt=1",
 ]

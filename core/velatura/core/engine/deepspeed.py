@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import logging
@@ -244,8 +245,15 @@ def _launch(device: torch.device) -> Any:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        atexit.register(_leave)
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists
     return deepspeed
+
+
+def _leave() -> None:
+    """Leave the other processes in order: gloo's threads, torn down with the interpreter, now and then abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _local_device(device: torch.device) -> torch.device:
