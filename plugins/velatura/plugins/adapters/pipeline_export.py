@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from velatura.api import VelaturaError
+from velatura.plugins.adapters.export_folder import MARK, replacing
 from velatura.plugins.adapters.lora import LORA_NAME, merged_state, unwrap
 from velatura.plugins.adapters.model_folder import ModelFolder
 from velatura.plugins.adapters.processors import name_stock_classes
-
-MARK = "velatura.json"
-"""The file by which an exported folder is recognised."""
 
 
 def write_pipeline(net: nn.Module, folder: Path, source: ModelFolder, info: Mapping[str, Any]) -> None:
@@ -29,20 +25,12 @@ def write_pipeline(net: nn.Module, folder: Path, source: ModelFolder, info: Mapp
     Raises:
         VelaturaError: `folder` holds something else.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise VelaturaError(f"{folder} exists and is no exported model (it has no {MARK}): name another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    with replacing(folder) as draft:
         shutil.copytree(source.path, draft, ignore=shutil.ignore_patterns("transformer", ".*"))
         _write_transformer(net, draft / "transformer", source)
         _write_lora(net, draft / "lora", source)
         name_stock_classes(draft)
         (draft / MARK).write_text(json.dumps(dict(info), indent=2, default=str) + "\n")
-        _swap(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write_transformer(net: nn.Module, folder: Path, source: ModelFolder) -> None:
@@ -72,11 +60,3 @@ def _write_lora(net: nn.Module, folder: Path, source: ModelFolder) -> None:
     if config.lora_alpha != config.r:
         options["transformer_lora_adapter_metadata"] = config.to_dict()
     pipeline.save_lora_weights(folder, **options)
-
-
-def _swap(draft: Path, folder: Path) -> None:
-    former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
-    if folder.exists():
-        folder.rename(former)
-    draft.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)

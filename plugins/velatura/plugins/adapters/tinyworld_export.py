@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from velatura.api import VelaturaError
+from velatura.plugins.adapters.export_folder import MARK, replacing
 from velatura.plugins.adapters.qwen_image_21_network import export_transformer
 from velatura.plugins.tinyworld import vae, words
-
-MARK = "velatura.json"
-"""The file by which an exported folder is recognised."""
 
 SCRIPT = Path(__file__).with_name("tinyworld_sample.py")
 
@@ -25,25 +21,9 @@ def write_export(
     net: nn.Module, folder: Path, *, autoencoder: vae.PcaVae, shift: float, info: Mapping[str, Any]
 ) -> None:
     """Write everything to a hidden sibling, then rename: `folder` is never half an export."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise VelaturaError(f"{folder} exists and is no exported model (it has no {MARK}): name another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    with replacing(folder) as draft:
         draft.mkdir()
         _write(net, draft, autoencoder=autoencoder, shift=shift, info=info)
-        _swap(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _swap(draft: Path, folder: Path) -> None:
-    former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
-    if folder.exists():
-        folder.rename(former)
-    draft.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def _write(net: nn.Module, folder: Path, *, autoencoder: vae.PcaVae, shift: float, info: Mapping[str, Any]) -> None:
