@@ -1,4 +1,4 @@
-"""Conditionings, computed once per prompt and step, the null condition once per run."""
+"""Conditionings, computed once per prompt and step, the null condition once per run and layout."""
 
 from __future__ import annotations
 

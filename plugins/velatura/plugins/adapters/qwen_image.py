@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, cast
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from velatura.api import Conditioning, Prompt
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
-from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, Size
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, O, Size
 from velatura.plugins.adapters.lora import unwrap
 from velatura.plugins.adapters.model_folder import ModelFolder
 from velatura.plugins.adapters.pictures import from_signed, to_signed
@@ -28,35 +28,13 @@ class QwenImageOptions(DiffusersOptions):
     text_tokens: int = Field(512, ge=1, le=1024, description="Longer prompts are cut to this many tokens.")
 
 
-class QwenImage(DiffusersAdapter[QwenImageOptions]):
-    """Qwen-Image, text to image.
-
-    Latents are [B h*w 4C], a token per 2 x 2 latent pixels. Guidance is null + scale (cond - null), each token of it
-    rescaled to the length it has in cond.
-    """
-
-    name = "qwen-image"
-    pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
-    beside_rows: ClassVar[tuple[str, ...]] = ("height", "width")
-    ragged: ClassVar[tuple[str, ...]] = ("text",)
-    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+class QwenImageLatents(DiffusersAdapter[O], Generic[O]):
+    """What the models that draw in Qwen-Image's latents share: sizes, packing, autoencoder and guidance rule."""
 
     @cached_property
     def multiple(self) -> int:
         """Side of a token in pixels."""
         return token_pixels(self.folder)
-
-    def row(self, prompt: Prompt, text: str, size: Size) -> Row:
-        """The last hidden states [L D] of the text encoder behind the template's opening."""
-        with self.on_device("text_encoder"):
-            embeds, _ = self.pipe.encode_prompt(text, device=self.device, max_sequence_length=self.options.text_tokens)
-            return {"text": embeds[0]}
-
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
-        """dx/dt [N h*w 4C] at x [N h*w 4C], t [N]."""
-        told = cast("RowsConditioning", cond)
-        size, *_ = cast("tuple[Size, ...]", told.layout)
-        return token_velocity(net, x, t, told, rows, (grid(size, self.multiple),))
 
     def guide(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
         """null + scale (cond - null), each token as long as in cond."""
@@ -80,6 +58,32 @@ class QwenImage(DiffusersAdapter[QwenImageOptions]):
         """Images [B 3 H W] to x_0 [B h*w 4C]."""
         with torch.no_grad(), self.on_device("vae") as vae:
             return encode(vae, to_signed(images)).float()
+
+
+class QwenImage(QwenImageLatents[QwenImageOptions]):
+    """Qwen-Image, text to image.
+
+    Latents are [B h*w 4C], a token per 2 x 2 latent pixels. Guidance is null + scale (cond - null), each token of it
+    rescaled to the length it has in cond.
+    """
+
+    name = "qwen-image"
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
+    beside_rows: ClassVar[tuple[str, ...]] = ("height", "width")
+    ragged: ClassVar[tuple[str, ...]] = ("text",)
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+
+    def row(self, prompt: Prompt, text: str, size: Size) -> Row:
+        """The last hidden states [L D] of the text encoder behind the template's opening."""
+        with self.on_device("text_encoder"):
+            embeds, _ = self.pipe.encode_prompt(text, device=self.device, max_sequence_length=self.options.text_tokens)
+            return {"text": embeds[0]}
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
+        """dx/dt [N h*w 4C] at x [N h*w 4C], t [N]."""
+        told = cast("RowsConditioning", cond)
+        size, *_ = cast("tuple[Size, ...]", told.layout)
+        return token_velocity(net, x, t, told, rows, (grid(size, self.multiple),))
 
 
 # Qwen-Image's latents, for every family that shares them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
@@ -12,18 +11,9 @@ from torch import Tensor, nn
 
 from velatura.api import Conditioning, Prompt, VelaturaError
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
-from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, Size, sides
-from velatura.plugins.adapters.pictures import to_pil, to_signed
-from velatura.plugins.adapters.qwen_image import (
-    as_long_as,
-    decode,
-    encode,
-    grid,
-    latent_shape,
-    pack,
-    token_pixels,
-    token_velocity,
-)
+from velatura.plugins.adapters.diffusers_base import DiffusersOptions, Size, sides
+from velatura.plugins.adapters.pictures import to_pil
+from velatura.plugins.adapters.qwen_image import QwenImageLatents, encode, grid, token_velocity
 
 
 class QwenImageEditPlusOptions(DiffusersOptions):
@@ -38,7 +28,7 @@ class QwenImageEditPlusOptions(DiffusersOptions):
     )
 
 
-class QwenImageEditPlus(DiffusersAdapter[QwenImageEditPlusOptions]):
+class QwenImageEditPlus(QwenImageLatents[QwenImageEditPlusOptions]):
     """Qwen-Image-Edit-Plus, edits of any number of source images, at least one.
 
     Latents are [B h*w 4C], a token per 2 x 2 latent pixels; the sources' tokens follow the target's in the network.
@@ -52,11 +42,6 @@ class QwenImageEditPlus(DiffusersAdapter[QwenImageEditPlusOptions]):
     ragged: ClassVar[tuple[str, ...]] = ("text",)
     sources = None
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "processor")
-
-    @cached_property
-    def multiple(self) -> int:
-        """Side of a token in pixels."""
-        return token_pixels(self.folder)
 
     def row(self, prompt: Prompt, text: str, size: Size) -> Row:
         """The last hidden states [L D] of the text encoder, which sees the sources, and the sources' tokens.
@@ -80,29 +65,6 @@ class QwenImageEditPlus(DiffusersAdapter[QwenImageEditPlusOptions]):
         size, *sources = cast("tuple[Size, ...]", told.layout)
         sizes = (size, *(_resized_size(source, self.options.source_area) for source in sources))
         return token_velocity(net, x, t, told, rows, tuple(grid(each, self.multiple) for each in sizes))
-
-    def guide(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
-        """null + scale (cond - null), each token as long as in cond."""
-        return as_long_as(cond, super().guide(cond, null, scale))
-
-    def latent_shape(self, size: Size) -> tuple[int, ...]:
-        """[1 C h w]: a video of one frame."""
-        return latent_shape(self.folder, size)
-
-    def pack(self, x: Tensor, size: Size) -> Tensor:
-        """[B 1 C h w] to [B h/2*w/2 4C]."""
-        return pack(x)
-
-    def decode(self, x: Tensor, prompt: Prompt | None = None) -> Tensor:
-        """Latents [B h*w 4C] to images [B 3 H W]."""
-        _, rows, columns = grid(self.size_of(prompt), self.multiple)
-        with torch.no_grad(), self.on_device("vae") as vae:
-            return decode(vae, x, rows, columns)
-
-    def latents(self, images: Tensor) -> Tensor:
-        """Images [B 3 H W] to x_0 [B h*w 4C]."""
-        with torch.no_grad(), self.on_device("vae") as vae:
-            return encode(vae, to_signed(images)).float()
 
     def _resized(self, image: Tensor, area: int) -> Image.Image:
         height, width = _resized_size((image.shape[1], image.shape[2]), area)
