@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from velatura.api import Prompt, Role
 from velatura.core.learner import Learner, Tally, with_zero_advantage
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces
+from velatura.core.policy import Policy
 from velatura.core.rollout import by_layout
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter
 from velatura.plugins.distillers.velocity_match import VelocityMatch
@@ -218,3 +220,25 @@ def test_zero_advantage_leaves_the_rest_of_the_points_alone(adapter: TinyWorldAd
     flat = with_zero_advantage(batch)
     assert not flat.points.advantage.any()
     assert flat.points.x is batch.points.x
+
+
+def test_a_set_comes_to_the_device_once_for_all_micro_batches(
+    learner: Make, adapter: TinyWorldAdapter, drawings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn: Learner = learner(NFT())
+    differ(learn, "old", "reference")
+    brought: list[str] = []
+    original = Policy.on_device
+
+    @contextmanager
+    def counted(policy: Policy, name: str, device: torch.device) -> Iterator[None]:
+        brought.append(name)
+        with original(policy, name, device):
+            yield
+
+    monkeypatch.setattr(Policy, "on_device", counted)
+    batches = micro_batches(adapter, drawings(4), 9)
+    tally = learn.learn(batches)
+    assert len(batches) == 4
+    assert brought == ["old", "reference"]
+    assert (tally.forward_rows, tally.gradient_rows) == (2 * 36, 36)

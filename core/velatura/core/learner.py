@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,17 @@ from velatura.core.types import Conditioning, Role
 
 SET_OF = {Role.CURRENT: CURRENT, Role.OLD: "old", Role.REFERENCE: "reference"}
 """Role -> name of its weight set. Teachers are sets of their own: `teacher/<name>`."""
+
+Frozen = Mapping[Role, Tensor | None]
+"""Velocities [N ...] of the roles without gradient; None where it is the current one."""
+Identity = tuple[int, tuple[float, ...]]
+"""Version of a weight set, and guidance scales."""
+
+
+def sets_for(objective: PolicyObjective) -> frozenset[str]:  # type: ignore[type-arg]
+    """The weight sets that an objective needs beside the current weights and its teachers: for its loss or rollouts."""
+    roles = objective.roles() | {objective.requires.rollout_role}
+    return frozenset(SET_OF[role] for role in roles & {Role.OLD, Role.REFERENCE})
 
 
 @dataclass(slots=True)
@@ -59,23 +68,21 @@ class Learner:
     def learn(self, batches: Sequence[MicroBatch]) -> Tally:
         """Accumulate the gradients of all micro-batches, then step once.
 
-        A teacher comes to the device when its first micro-batch does, and leaves before the next teacher's.
+        Every other weight set comes to the device once and answers for all of them before the first gradient is taken.
         """
         tally = Tally()
         last = len(batches) - 1
-        for teacher, part in groupby(enumerate(batches), key=lambda item: item[1].teacher):
-            with self.policy.on_device(teacher, self.engine.device) if teacher else nullcontext():
-                for i, batch in part:
-                    self.accumulate(batch, tally, last=i == last)
+        for i, (batch, frozen) in enumerate(zip(batches, self.frozen(batches, tally), strict=True)):
+            self.accumulate(batch, tally, last=i == last, frozen=frozen)
         info = self.engine.step()
         if info.updated:
             self.policy.changed()
         tally.metrics |= {"grad_norm": info.grad_norm, "lr": info.lr, "updated": float(info.updated)}
         return tally
 
-    def accumulate(self, batch: MicroBatch, tally: Tally, *, last: bool) -> None:
+    def accumulate(self, batch: MicroBatch, tally: Tally, *, last: bool, frozen: Frozen | None = None) -> None:
         """Forward and backward of one micro-batch; metrics are weighted by its share of the points."""
-        velocity = self.velocities(batch, tally)
+        velocity = self.velocities(batch, tally, frozen)
         loss = self.objective.loss(batch.points, velocity)
         self.engine.backward(loss.value, last=last)
         tally.add("loss", float(loss.value.detach()))
@@ -83,29 +90,47 @@ class Learner:
         for name, value in loss.metrics.items():
             tally.add(name, float(value) * share)
 
-    def velocities(self, batch: MicroBatch, tally: Tally) -> dict[Role, Tensor]:
-        """[N ...] per role; equal weights under equal guidance are evaluated once."""
-        roles = self.objective.roles()
+    def velocities(self, batch: MicroBatch, tally: Tally, frozen: Frozen | None = None) -> dict[Role, Tensor]:
+        """[N ...] per role, of which only CURRENT has a gradient; the others are `frozen`, where they are known."""
+        if frozen is None:
+            (frozen,) = self.frozen([batch], tally)
         cond = self.encoder.cond(batch.prompts)
-        known: dict[tuple[int, tuple[float, ...]], Tensor] = {}
-        frozen: dict[Role, Tensor | None] = {}
-        own = self._identity(Role.CURRENT, CURRENT, batch)
-        for role in (Role.OLD, Role.REFERENCE, Role.TEACHER):
-            if role not in roles:
-                continue
-            name = batch.teacher if role is Role.TEACHER else SET_OF[role]
-            if name is None:
-                raise ValueError("an objective asked for a teacher, but the stage has none")
-            identity = self._identity(role, name, batch)
-            if identity not in known and identity != own:
-                with self.policy.wearing(name) as net:
-                    known[identity], rows = self._velocity(net, batch, cond, role)
-                tally.forward_rows += rows
-            frozen[role] = known.get(identity)
         current, rows = self._velocity(self.engine.module, batch, cond, Role.CURRENT)
         tally.gradient_rows += rows
         same = current.detach()
         return {role: same if found is None else found for role, found in frozen.items()} | {Role.CURRENT: current}
+
+    def frozen(self, batches: Sequence[MicroBatch], tally: Tally) -> list[Frozen]:
+        """The velocities of the roles without gradient, for each micro-batch; None where a role's is the current one.
+
+        Weight set by weight set, each brought once; equal weights under equal guidance are evaluated once.
+        """
+        needed = self.objective.roles()
+        roles: list[Role] = [role for role in (Role.OLD, Role.REFERENCE, Role.TEACHER) if role in needed]
+        asked = [{role: self._identity(role, self._set(role, batch), batch) for role in roles} for batch in batches]
+        known: list[dict[Identity, Tensor | None]] = [
+            {self._identity(Role.CURRENT, CURRENT, batch): None} for batch in batches
+        ]
+        jobs: dict[str, list[tuple[int, Role]]] = {}
+        for i, batch in enumerate(batches):
+            for role, identity in asked[i].items():
+                if identity not in known[i]:
+                    known[i][identity] = None  # until its set is worn
+                    jobs.setdefault(self._set(role, batch), []).append((i, role))
+        for name, own in jobs.items():
+            with self.policy.on_device(name, self.engine.device), self.policy.wearing(name) as net:
+                for i, whose in own:
+                    cond = self.encoder.cond(batches[i].prompts)
+                    known[i][asked[i][whose]], rows = self._velocity(net, batches[i], cond, whose)
+                    tally.forward_rows += rows
+        return [{role: known[i][asked[i][role]] for role in roles} for i in range(len(batches))]
+
+    def _set(self, role: Role, batch: MicroBatch) -> str:
+        """The weight set that a role wears."""
+        name = batch.teacher if role is Role.TEACHER else SET_OF[role]
+        if name is None:
+            raise ValueError("an objective asked for a teacher, but the stage has none")
+        return name
 
     def teacher_velocity(self, batch: MicroBatch) -> Tensor:
         """[N ...] of the batch's teacher alone, under its guidance."""
@@ -114,7 +139,7 @@ class Learner:
         with self.policy.wearing(batch.teacher) as net:
             return self._velocity(net, batch, self.encoder.cond(batch.prompts), Role.TEACHER)[0]
 
-    def _identity(self, role: Role, name: str, batch: MicroBatch) -> tuple[int, tuple[float, ...]]:
+    def _identity(self, role: Role, name: str, batch: MicroBatch) -> Identity:
         """Equal for two roles exactly when their velocities at these points must be equal."""
         return self.policy.version(name), tuple(self.guidance.scale(role, batch.points.t).tolist())
 

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from velatura.core.checkpoint import match_tensors
 
 CURRENT = "current"
+START = "start"
+"""Equal to `CURRENT`, in `Policy.same`, as long as no weight has moved since the run began; it has no tensors."""
 
 
 class Policy:
     """The trained network, with other weight sets that are switched in by pointer and never copied into it.
 
-    Only what is trained is kept more than once: with LoRA a set is a few megabytes, and the reference is the
-    untrained adapter, which adds exactly nothing.
+    Only what is trained is kept more than once. With LoRA a set is a few megabytes beside the one base, and the
+    reference is the untrained adapter, which adds exactly nothing. Sets of a network that is trained as a whole are as
+    large as the network, so they wait on the CPU until they are worn.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -26,27 +29,48 @@ class Policy:
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.sets: dict[str, dict[str, Tensor]] = {}
         self._clock = count(1)
-        self._version: dict[str, int] = {CURRENT: 0}
+        self._version: dict[str, int] = {CURRENT: 0, START: 0}
+        trained = sum(p.numel() for p in self.parameters.values())
+        self.whole = 2 * trained > sum(p.numel() for p in net.parameters())
+        """Whether most of the network is trained, so that a set is a copy of it."""
 
     def weights(self) -> dict[str, Tensor]:
         """The current trained tensors, detached, not copied."""
         return {name: p.detach() for name, p in self.parameters.items()}
 
-    def remember(self, name: str) -> None:
-        """Keep a copy of the current weights under `name`, in fp32: a slow average would stand still in bf16."""
-        self.sets[name] = {key: value.to(torch.float32, copy=True) for key, value in self.weights().items()}
+    def remember(self, name: str, *, follows: bool = True) -> None:
+        """Keep a copy of the current weights under `name`. One that `follows` is fp32, because a slow average would
+        stand still in bf16; one that stays is in the network's own precision, and so is worn without any copy."""
+        self.sets[name] = {
+            key: value.to(self._home(value), torch.float32 if follows else value.dtype, copy=True)
+            for key, value in self.weights().items()
+        }
         self._version[name] = self._version[CURRENT]
 
-    def put(self, name: str, tensors: Mapping[str, Tensor], *, what: str, device: torch.device | None = None) -> None:
-        """Keep `tensors` as the set `name`, after checking that they fit this network.
+    def put(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        what: str,
+        device: torch.device | None = None,
+        follows: bool = False,
+    ) -> None:
+        """Keep `tensors` as the set `name`, after checking that they fit this network; `follows` as in `remember`.
 
         Raises:
             CheckpointError: they are of another model; the message names the first difference.
         """
         match_tensors(self.weights(), tensors, what=what)
-        reference = self.weights()
-        self.sets[name] = {key: tensors[key].float().to(device or value.device) for key, value in reference.items()}
+        self.sets[name] = {
+            key: tensors[key].to(device or self._home(value), torch.float32 if follows else value.dtype)
+            for key, value in self.weights().items()
+        }
         self._version[name] = next(self._clock)
+
+    def _home(self, weight: Tensor) -> torch.device:
+        """Where a set waits."""
+        return torch.device("cpu") if self.whole else weight.device
 
     def load(self, tensors: Mapping[str, Tensor], *, what: str) -> None:
         """Overwrite the current weights in place.
@@ -82,7 +106,7 @@ class Policy:
                 if decay == 0:
                     kept.copy_(value)
                 else:
-                    kept.lerp_(value.to(kept.dtype), 1 - decay)
+                    kept.lerp_(value.to(kept), 1 - decay)
         self._version[name] = self._version[CURRENT] if decay == 0 else next(self._clock)
 
     def mark_same(self, a: str, b: str) -> None:
@@ -110,7 +134,7 @@ class Policy:
         own = {key: p.data for key, p in self.parameters.items()}
         try:
             for key, parameter in self.parameters.items():
-                parameter.data = worn[key].to(parameter.dtype)
+                parameter.data = worn[key].to(parameter)
             with torch.no_grad():
                 yield self.net
         finally:
@@ -119,12 +143,15 @@ class Policy:
 
     @contextmanager
     def on_device(self, name: str, device: torch.device) -> Iterator[None]:
-        """Bring a set from the CPU for as long as it is worn; the CPU copy stays where it is."""
-        kept = self.sets[name]
-        if all(value.device == device for value in kept.values()):
+        """Bring a set to the device, in the network's precision, for as long as it is worn; what is kept stays where
+        and as it is."""
+        if self.same(name, CURRENT):
             yield
             return
-        self.sets[name] = {key: value.to(device, non_blocking=True) for key, value in kept.items()}
+        kept = self.sets[name]
+        self.sets[name] = {
+            key: value.to(device, self.parameters[key].dtype, non_blocking=True) for key, value in kept.items()
+        }
         try:
             yield
         finally:

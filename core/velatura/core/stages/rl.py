@@ -15,9 +15,9 @@ from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
 from velatura.core.events import RolloutDone
 from velatura.core.judge import Judge
-from velatura.core.learner import SET_OF, Learner, Tally
+from velatura.core.learner import SET_OF, Learner, Tally, sets_for
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
-from velatura.core.policy import CURRENT
+from velatura.core.policy import CURRENT, START
 from velatura.core.rollout import Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
@@ -67,7 +67,8 @@ class Loop:
         advantages = self.advantage.estimate(admitted)
         with watch.phase("update"):
             tally = self.learn(index, made, advantages)
-        self.learner.policy.follow(SET_OF[Role.OLD], self.learner.objective.old_decay(index))
+        if SET_OF[Role.OLD] in self.learner.policy.sets:
+            self.learner.policy.follow(SET_OF[Role.OLD], self.learner.objective.old_decay(index))
         if (index + 1) % config.pictures_every == 0 or index + 1 == config.steps:
             with watch.phase("pictures"):
                 self.showcase.draw(index + 1)
@@ -127,7 +128,7 @@ class Loop:
         filled = [share for share in shares if share]
         for share in filled:
             batches = self.micro_batches(index, share, made, advantages.values)
-            if self.learner.policy.same(SET_OF[Role.REFERENCE], CURRENT):  # no weight has moved yet
+            if self.learner.policy.same(START, CURRENT):  # no weight has moved yet
                 self_check(self.learner, batches[0])
             total.include(self.learner.learn(batches), 1 / len(filled))
         total.metrics.setdefault("loss", 0.0)
@@ -201,15 +202,18 @@ def training_prompts(stage: StageRun) -> Sequence[Prompt]:
 def run(stage: StageRun) -> dict[str, Any]:
     """Train one teacher."""
     config = stage.config
+    objective = stage.build("objective", config.objective, "objective")
+    follows = {SET_OF[Role.OLD]}
     training = Training(
-        stage, sets=(SET_OF[Role.OLD],), fixed=(SET_OF[Role.REFERENCE],), updates_per_step=config.updates_per_step
-    )
+        stage, sets=tuple(sets_for(objective) & follows), fixed=tuple(sets_for(objective) - follows),
+        updates_per_step=config.updates_per_step,
+    )  # fmt: skip
     learner = Learner(
         engine=training.engine,
         policy=training.policy,
         adapter=training.adapter,
         guidance=stage.build("guidance", config.guidance, "guidance"),
-        objective=stage.build("objective", config.objective, "objective"),
+        objective=objective,
         encoder=Encoder(training.adapter, training.engine.device),
     )
     sampler = Sampler(

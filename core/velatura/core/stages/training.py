@@ -18,7 +18,7 @@ from velatura.core.engine import OptimizerConfig, make_engine
 from velatura.core.engine.protocol import Engine
 from velatura.core.errors import VelaturaError
 from velatura.core.events import CheckpointSaved, RunEnd, RunStart, StepEnd
-from velatura.core.policy import CURRENT, Policy
+from velatura.core.policy import CURRENT, START, Policy
 from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, manifest_of
 
 
@@ -28,18 +28,19 @@ class Training:
     def __init__(
         self, run: StageRun, *, sets: tuple[str, ...], fixed: tuple[str, ...] = (), updates_per_step: int = 1
     ) -> None:
-        """`sets`: weight sets that start as copies of the initial weights and are part of a checkpoint; `fixed`: that
-        stay as they start, so that a resumed run has them from where it started."""
+        """`sets`: weight sets that start as copies of the initial weights, follow them, and are part of a checkpoint;
+        `fixed`: that stay as they start, so that a resumed run has them from where it started."""
         self.run = run
         self.config = run.config
         self.adapter: ModelAdapter[Any] = run.adapter()
         self.policy: Policy = run.load_policy(self.adapter, self.config.init)
         self._sets, self._fixed = sets, fixed
-        self.initial = {name: value.clone() for name, value in self.policy.weights().items()}
+        self.initial = {name: value.to("cpu", copy=True) for name, value in self.policy.weights().items()}
         optimizer = OptimizerConfig(**self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step)
         self.engine: Engine = make_engine(self.policy.net, run.engine_config(), optimizer)
         for name in (*sets, *fixed):
-            self.policy.remember(name)
+            self.policy.remember(name, follows=name in sets)
+        self.policy.mark_same(START, CURRENT)
         self.start = self._resume()
         self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start)
 
@@ -54,8 +55,8 @@ class Training:
         what = f"the checkpoint at step {found.step} in {self._checkpoints}"
         self.policy.load(found.tensors["policy"], what=what)
         for name in self._sets:
-            self.policy.put(name, found.tensors[f"set-{name}"], what=what)
-        for name in (*self._sets, *self._fixed):
+            self.policy.put(name, found.tensors[f"set-{name}"], what=what, follows=True)
+        for name in (*self._sets, *self._fixed, START):
             if found.state["same_as_current"].get(name):
                 self.policy.mark_same(name, CURRENT)
         self.engine.load_state_dict(found.tensors["optimizer"])
@@ -73,7 +74,7 @@ class Training:
         state = {
             "stage": self.run.name,
             "seed": self.run.seed,
-            "same_as_current": {name: self.policy.same(name, CURRENT) for name in (*self._sets, *self._fixed)},
+            "same_as_current": {name: self.policy.same(name, CURRENT) for name in (*self._sets, *self._fixed, START)},
         }
         folder = self._checkpoints
         if self.engine.rank == 0:
@@ -134,6 +135,6 @@ class Training:
         save_file(final, temporary, metadata={"stage": self.run.name})
         temporary.replace(self.run.folder / WEIGHTS)
         self.save(self.config.steps)
-        change = torch.stack([(final[n] - self.initial[n].cpu()).float().norm() for n in final]).norm()
-        size = torch.stack([self.initial[n].cpu().float().norm() for n in final]).norm()
+        change = torch.stack([(final[n] - self.initial[n]).float().norm() for n in final]).norm()
+        size = torch.stack([self.initial[n].float().norm() for n in final]).norm()
         return {"steps": self.config.steps, "relative_change": float(change / size)}
