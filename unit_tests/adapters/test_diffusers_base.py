@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor
 
 from velatura.api import Context, Prompt, VelaturaError
+from velatura.core.rollout import Sampler, rollout
 from velatura.plugins.adapters.lora import LORA_NAME
 from velatura.plugins.adapters.qwen_image_21 import QwenImage21, QwenImage21Options
+from velatura.plugins.guidance.policies import RolloutOnly, ScaleOptions
+from velatura.schedulers.kernels import Ode
 
 sys.path.insert(0, str(Path(__file__).with_name("families")))
 CPU = torch.device("cpu")
@@ -52,8 +56,9 @@ def test_a_model_of_another_family_names_the_adapter_to_take(folder: Path, tmp_p
     index = json.loads((other / "model_index.json").read_text())
     for found, remedy in [
         ("StableDiffusion3Pipeline", "Use adapter 'sd3'"),
-        ("FluxPipelin", "Did you mean 'FluxPipeline'"),
-        ("WanPipeline", "adapter 'diffusers-flow'"),
+        ("FluxPipelin", "Did you mean 'FluxPipeline'? It is opened by adapter 'flux'."),
+        ("WanPipeline", "Or try adapter 'diffusers-flow'"),
+        ("WanPipeline", "There is: QwenImage21Pipeline ('qwen-image-21'), QwenImagePipeline ('qwen-image'),"),
     ]:
         (other / "model_index.json").write_text(json.dumps({**index, "_class_name": found}))
         with pytest.raises(VelaturaError, match=f"holds a {found}, and adapter 'qwen-image-21' stands for") as caught:
@@ -82,6 +87,58 @@ def test_the_size_is_the_prompts_or_the_sources_or_the_configured_one(folder: Pa
     assert (height, width) == (96, 64)  # twice as high as wide, of nearly the configured area
     with pytest.raises(VelaturaError, match=r"multiples of 32\. The nearest size is 64 x 96"):
         adapter.size(Prompt(id="q", text="x", task="t2i", size=(100, 70)))
+
+
+def test_a_configured_size_that_the_network_cannot_draw_is_refused_before_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_of(folder, tmp_path, height=100, width=96)
+    monkeypatch.setattr(type(adapter.folder), "transformer", lambda *_: pytest.fail("weights were read"))
+    message = r"The adapter's `height` and `width` ask for a picture of 96 x 100 .*nearest size is 96 x 96\."
+    for ask in (lambda: adapter.load(CPU), lambda: adapter.size(PROMPT), lambda: adapter.encode([edit(PIXELS)])):
+        with pytest.raises(VelaturaError, match=message):
+            ask()
+
+
+def test_pictures_given_to_a_model_that_only_draws_from_text_and_none_given_to_one_that_only_edits(
+    opened: Callable[..., Any],
+) -> None:
+    with pytest.raises(
+        VelaturaError, match=r"'e' has 1 source image\(s\), but 'sd3' only draws from text\. Take a model"
+    ):
+        opened("sd3").encode([edit(PIXELS)])
+    with pytest.raises(VelaturaError, match="'e' has 2 source images; 'flux' takes 1"):
+        opened("flux_kontext").encode([edit(PIXELS, PIXELS)])
+    with pytest.raises(VelaturaError, match="'p' has no source image, and 'qwen-image-edit-plus' only edits"):
+        opened("qwen_image_edit_plus").encode([PROMPT])
+
+
+def test_a_guidance_scale_for_a_guidance_distilled_model_is_refused_in_the_rollout(opened: Callable[..., Any]) -> None:
+    guidance, kernel = RolloutOnly(ScaleOptions(scale=3.0)), Ode()
+    for adapter, remedy in [
+        (opened("flux", true_cfg=False), "`true_cfg: true`"),
+        (opened("flux2"), "undistilled klein"),
+    ]:
+        net = adapter.load(CPU)
+        sampler = Sampler(adapter=adapter, guidance=guidance, kernel=kernel, steps=2, batch=4)
+        with pytest.raises(
+            VelaturaError, match="guidance scale other than 1 was asked of .*guidance to `none`"
+        ) as told:
+            list(rollout(net, sampler, [PROMPT], [[1]]))
+        assert remedy in str(told.value)
+
+
+def test_bf16_on_a_device_that_lacks_it_is_refused_before_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = QwenImage21(QwenImage21Options(path=str(folder), height=64, width=64))
+    made.setup(Context(device=CPU, cache=tmp_path, seed=0, base=tmp_path, precision="bf16"))
+    monkeypatch.setattr(type(made.folder), "transformer", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(VelaturaError, match=r"'bf16', but Tesla T4 \(compute capability 7\.5\) has no bf16.*'fp32'"):
+        made.load(torch.device("cuda"))
 
 
 def test_an_edit_needs_a_source_and_a_batch_one_layout(folder: Path, tmp_path: Path) -> None:
@@ -191,7 +248,9 @@ def test_lora_trains_little_and_without_it_the_network_is_the_base(folder: Path,
 
 
 def test_a_lora_target_that_matches_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(VelaturaError, match=r"no linear layer called to_qq\. There is: .*attn\.to_q"):
+    with pytest.raises(
+        VelaturaError, match=r"no linear layer called to_qq, .*Did you mean to_q\? There is: .*attn\.to_q"
+    ):
         adapter_of(folder, tmp_path, lora_targets=("to_q", "to_qq")).load(CPU)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from velatura.core.checkpoint import load_checkpoint, save_checkpoint
 from velatura.core.engine import Engine, EngineConfig, OptimizerConfig, make_engine
+from velatura.core.engine.local import check_precision
 from velatura.core.errors import CheckpointError, VelaturaError
 
 CONFIGS = {
@@ -452,3 +453,16 @@ def test_a_process_loads_deepspeed_only_to_use_it_and_may_collect_an_engine_whil
     """Python 3.11 fails when the collector imports amid an import, so collecting an engine must import nothing."""
     run = subprocess.run([sys.executable, "-c", FRESH_PROCESS], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["deepspeed is loaded: False", "collected: True"]
+
+
+def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("not implemented for 'BFloat16'")
+
+    check_precision(torch.device("cpu"), "bf16")
+    monkeypatch.setattr(torch, "ones", refuse)
+    check_precision(torch.device("cpu"), "fp32")
+    with pytest.raises(
+        VelaturaError, match=r"'bf16', which device 'cpu' cannot compute \(not implem.*Set it to 'fp32'"
+    ):
+        engine_of("local-bf16")

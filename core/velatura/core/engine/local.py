@@ -148,8 +148,34 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_precision(device: torch.device, precision: str) -> None:
+    """Refuse a precision that the device only imitates, or does not have.
+
+    Raises:
+        VelaturaError: with what it is and what to take instead.
+    """
+    if precision != "bf16":
+        return
+    if device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            major, minor = torch.cuda.get_device_capability(device)
+            raise VelaturaError(
+                f"engine.precision is 'bf16', but {torch.cuda.get_device_name(device)} (compute capability "
+                f"{major}.{minor}) has no bf16 arithmetic; GPUs from 8.0 on do. Set it to 'fp32', or take another GPU."
+            )
+        return
+    try:
+        one = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
+        one @ one
+    except (RuntimeError, TypeError) as error:
+        raise VelaturaError(
+            f"engine.precision is 'bf16', which device '{device}' cannot compute ({error}). Set it to 'fp32'."
+        ) from error
+
+
 def placed(module: nn.Module, device: torch.device, precision: str) -> nn.Module:
     """The module on `device`, cast only where it is not in that precision yet."""
+    check_precision(device, precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     foreign = any(p.is_floating_point() and p.dtype is not dtype for p in module.parameters())
     return module.to(device, dtype) if foreign else module.to(device)

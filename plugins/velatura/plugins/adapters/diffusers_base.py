@@ -10,6 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -20,14 +21,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from velatura.api import Conditioning, Context, ModelAdapter, Options, Prompt, VelaturaError
+from velatura.core.engine.local import check_precision
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
 from velatura.plugins.adapters.conditioning_cache import ConditioningCache, row_key, weights_hash
 from velatura.plugins.adapters.lora import ATTENTION, add_lora
 from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
 from velatura.plugins.adapters.pipeline_export import write_pipeline
-
-Size = tuple[int, int]
-"""Height and width."""
+from velatura.plugins.adapters.sizes import Buckets, Size, buckets_of, drawable, nearest, sides, stretched
 
 
 class DiffusersOptions(Options):
@@ -37,6 +37,11 @@ class DiffusersOptions(Options):
     revision: str | None = Field(None, description="On the hub: branch, tag or commit.")
     height: int = Field(1024, ge=16, description="Of a picture whose prompt does not say, in pixels.")
     width: int = Field(1024, ge=16, description="Of a picture whose prompt does not say, in pixels.")
+    buckets: Buckets | None = Field(
+        None,
+        description="Sizes, [height, width] each, of which a picture that is asked for in another, and a source image, "
+        "get the one nearest in shape; `auto`: nine shapes of height x width pixels; null: as many as there are.",
+    )
     lora_rank: int | None = Field(32, ge=1, description="Rank of the trained LoRA weights; null trains all weights.")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA weights count alpha / rank times; null: rank.")
     lora_targets: tuple[str, ...] = Field(ATTENTION, min_length=1, description="Linear layers that LoRA is added to.")
@@ -107,6 +112,8 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
     def load(self, device: torch.device) -> nn.Module:
         """The transformer; trainable are LoRA weights, or all of them."""
         options = self.options
+        check_precision(device, "bf16" if self.dtype is torch.bfloat16 else "fp32")
+        self.size_of(None)  # refused now, not after minutes of loading
         net = self.folder.transformer(self.dtype)
         if options.lora_rank is not None:
             alpha = options.lora_alpha or options.lora_rank
@@ -243,25 +250,46 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
 
     def size(self, prompt: Prompt) -> Size:
         """Height and width of the picture for a prompt: its own, the shape of its last source at the configured area,
-        or the configured ones; to the nearest multiple below.
+        or the configured ones. With buckets the first two are those of the bucket that is nearest in shape.
 
         Raises:
-            VelaturaError: the prompt asks for a size that the network cannot draw.
+            VelaturaError: the prompt or the options ask for a size that the network cannot draw.
         """
-        multiple = self.multiple
+        multiple, configured = self.multiple, (self.options.height, self.options.width)
+        drawable(configured, multiple, "The adapter's `height` and `width` ask for", self.name)
+        shape = prompt.size or (_shape(prompt.sources[-1]) if prompt.sources else None)
+        if shape is None:
+            return configured
+        if self._buckets:
+            return nearest(self._buckets, shape)
         if prompt.size is not None:
-            if prompt.size[0] % multiple or prompt.size[1] % multiple:
-                near = tuple(max(multiple, round(side / multiple) * multiple) for side in prompt.size)
-                raise VelaturaError(
-                    f"Prompt {prompt.id!r} asks for a picture of {prompt.size[1]} x {prompt.size[0]} pixels; the sides "
-                    f"of '{self.name}' are multiples of {multiple}. The nearest size is {near[1]} x {near[0]}."
-                )
-            return prompt.size
-        height, width = self.options.height, self.options.width
-        if prompt.sources:
-            area, ratio = height * width, prompt.sources[-1].shape[2] / prompt.sources[-1].shape[1]
-            width, height = sides(area, ratio)
+            return drawable(prompt.size, multiple, f"Prompt {prompt.id!r} asks for", self.name)
+        width, height = sides(configured[0] * configured[1], shape[1] / shape[0])
         return max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple)
+
+    @cached_property
+    def _buckets(self) -> tuple[Size, ...]:
+        """The sizes that pictures with a shape of their own get; empty where they keep it."""
+        options = self.options
+        given = options.buckets
+        return buckets_of(given, options.height * options.width, self.multiple, self.name) if given else ()
+
+    def _source_shape(self, source: Tensor) -> Size:
+        """Height and width at which a source is handed to the family: its own, or those of its bucket, enlarged where
+        the family looks at more pixels than it draws."""
+        if not self._buckets:
+            return _shape(source)
+        height, width = nearest(self._buckets, _shape(source))
+        area = getattr(self.options, "source_area", None) or height * width
+        scale = max(1.0, math.sqrt(area / (height * width)))
+        return round(height * scale), round(width * scale)
+
+    def _bucketed(self, prompt: Prompt) -> Prompt:
+        """The prompt with its sources in the shapes of their buckets; its picture keeps the size it has."""
+        if not self._buckets or not prompt.sources:
+            return prompt
+        sources = tuple(stretched(source, self._source_shape(source)) for source in prompt.sources)
+        return replace(prompt, sources=sources, size=self.size(prompt))
 
     def _rows(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Conditioning:
         layouts = {self.layout(prompt) for prompt in prompts}
@@ -270,12 +298,12 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         for prompt in prompts:
             self._check_sources(prompt)
         with torch.no_grad(), self.staying():
-            rows = [self._row(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+            rows = [self._row(self._bucketed(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
         return self.collate(layouts.pop(), rows)
 
     def layout(self, prompt: Prompt) -> tuple[Any, ...]:
         """Height and width of the picture, then those of its sources."""
-        return (self.size(prompt), *(tuple(source.shape[1:]) for source in prompt.sources))
+        return (self.size(prompt), *(self._source_shape(source) for source in prompt.sources))
 
     def _check_sources(self, prompt: Prompt) -> None:
         found = len(prompt.sources)
@@ -304,7 +332,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
     def _depends(self) -> dict[str, Any]:
         """What rows depend on beside their prompt: encoders, options, version."""
         trained = {"lora_rank", "lora_alpha", "lora_targets", "seed", "negative_prompt", "path", "revision", "cache",
-                   "gradient_checkpointing", "attention", "compile", *self.beside_rows}  # fmt: skip
+                   "buckets", "gradient_checkpointing", "attention", "compile", *self.beside_rows}  # fmt: skip
         return {
             "family": self.name,
             "template": self.template,
@@ -324,15 +352,14 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         return (self._context.cache if self._context else Path.home() / ".cache" / "velatura") / "hashes"
 
 
+def _shape(image: Tensor) -> Size:
+    """Height and width of `3 H W`."""
+    return image.shape[1], image.shape[2]
+
+
 def shift_of(config: Mapping[str, Any], tokens: int) -> float:
     """The logarithm mu of the time shift for a picture of `tokens` tokens: linear between two configured sizes."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (most - least) / (high - low)
     return float(tokens * slope + (least - slope * low))
-
-
-def sides(area: float, ratio: float) -> tuple[int, int]:
-    """Width and height of `area` and width / height `ratio`, each to the nearest multiple of 32 that is not 0."""
-    width = math.sqrt(area * ratio)
-    return max(32, round(width / 32) * 32), max(32, round(width / ratio / 32) * 32)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from velatura.api import Conditioning, Prompt, VelaturaError
 from velatura.core.errors import suggest
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
-from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, Size
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions
 from velatura.plugins.adapters.diffusers_flow_checks import (
     KNOBS,
     NEEDED,
@@ -41,6 +41,7 @@ from velatura.plugins.adapters.diffusers_flow_rehearsal import (
 from velatura.plugins.adapters.lora import unwrap
 from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
 from velatura.plugins.adapters.pictures import to_signed
+from velatura.plugins.adapters.sizes import Size
 
 UNCONDITIONAL = "\0"
 """Begins the text of the null branch, whose rows must not be mistaken for those of a prompt with the same text."""

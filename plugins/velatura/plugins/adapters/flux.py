@@ -13,9 +13,10 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from velatura.api import Conditioning, Prompt, VelaturaError
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
-from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, Size
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions
 from velatura.plugins.adapters.lora import unwrap
 from velatura.plugins.adapters.pictures import from_signed, to_pil, to_signed
+from velatura.plugins.adapters.sizes import Size
 
 KONTEXT = "FluxKontextPipeline"
 """The pipeline class that edits."""

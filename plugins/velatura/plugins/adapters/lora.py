@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,12 @@ def add_lora(
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             layers = sorted({name.split(".", 2)[-1] for name in names})
-            raise VelaturaError(f"LoRA found no linear layer called {target}. There is: {', '.join(layers)}.")
+            near = get_close_matches(target, {layer.split(".", n)[-1] for layer in layers for n in range(3)}, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise VelaturaError(
+                f"`lora_targets`: LoRA found no linear layer called {target}, so nothing of that name would be "
+                f"trained.{hint} There is: {', '.join(layers)}."
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws from the global generator
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))

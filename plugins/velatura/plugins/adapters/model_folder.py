@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 
 from velatura.api import Context, VelaturaError
-from velatura.core.errors import suggest
 from velatura.plugins.adapters.processors import IMAGE_ONLY, load_processor
 
 INDEX = "model_index.json"
@@ -148,8 +148,16 @@ def _other(found: str) -> str:
     for name, classes in FAMILIES.items():
         if found in classes:
             return f" Use adapter '{name}'."
-    supported = [name for classes in FAMILIES.values() for name in classes]
-    return f"{suggest(found, supported)} Or try adapter 'diffusers-flow', which takes other families by their shape."
+    supported = {pipeline: name for name, classes in FAMILIES.items() for pipeline in classes}
+    near = nearest(found, supported)
+    hint = f" Did you mean {near!r}? It is opened by adapter '{supported[near]}'." if near else ""
+    known = ", ".join(f"{pipeline} ('{name}')" for pipeline, name in supported.items())
+    return f"{hint} Or try adapter 'diffusers-flow', which takes other families by their shape. There is: {known}."
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant."""
+    return next(iter(get_close_matches(name, list(known), n=1)), None)
 
 
 def _fetch(given: str, revision: str | None, local: Path) -> Path:

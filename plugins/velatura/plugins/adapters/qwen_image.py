@@ -12,10 +12,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from velatura.api import Conditioning, Prompt
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
-from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, O, Size
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, O
 from velatura.plugins.adapters.lora import unwrap
 from velatura.plugins.adapters.model_folder import ModelFolder
 from velatura.plugins.adapters.pictures import from_signed, to_signed
+from velatura.plugins.adapters.sizes import Size
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of an image's tokens."""

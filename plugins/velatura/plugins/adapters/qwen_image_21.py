@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from velatura.api import Conditioning, Prompt
 from velatura.plugins.adapters.conditioning import Row
-from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, Size, sides
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions
 from velatura.plugins.adapters.pictures import from_signed, to_pil, to_signed
 from velatura.plugins.adapters.qwen_image_21_network import (
     Grid,
@@ -21,6 +21,7 @@ from velatura.plugins.adapters.qwen_image_21_network import (
     prepare,
     velocity,
 )
+from velatura.plugins.adapters.sizes import Size, sides
 
 PIXELS = 16
 """Sides of a latent token in pixels."""

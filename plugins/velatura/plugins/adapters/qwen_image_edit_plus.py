@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from velatura.api import Conditioning, Prompt, VelaturaError
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
-from velatura.plugins.adapters.diffusers_base import DiffusersOptions, Size, sides
+from velatura.plugins.adapters.diffusers_base import DiffusersOptions
 from velatura.plugins.adapters.pictures import to_pil
 from velatura.plugins.adapters.qwen_image import QwenImageLatents, encode, grid, token_velocity
+from velatura.plugins.adapters.sizes import Size, sides
 
 
 class QwenImageEditPlusOptions(DiffusersOptions):

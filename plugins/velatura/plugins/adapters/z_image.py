@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from velatura.api import Conditioning, Prompt
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
-from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, Size, shift_of
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, shift_of
 from velatura.plugins.adapters.lora import unwrap
 from velatura.plugins.adapters.pictures import from_signed, to_signed
+from velatura.plugins.adapters.sizes import Size
 
 
 class ZImageOptions(DiffusersOptions):
