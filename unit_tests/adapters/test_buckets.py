@@ -66,10 +66,8 @@ def test_a_source_is_stretched_and_nothing_of_it_cut_off() -> None:
 def test_without_buckets_every_shape_is_a_layout_and_with_them_there_are_few(opened: Make) -> None:
     free, bucketed = opened("qwen_image_21"), opened("qwen_image_21", buckets=BUCKETS)
     assert len({free.layout(prompt) for prompt in edits()}) == len(SHAPES)
-    layouts = [bucketed.layout(prompt) for prompt in edits()]
-    assert layouts == [
-        ((h, w), (h, w)) for h, w in [(96, 64), (64, 64), (96, 64), (64, 96), (96, 64), (64, 64), (64, 96)]
-    ]
+    expected = [(96, 64), (64, 64), (96, 64), (64, 96), (96, 64), (64, 64), (64, 96)]
+    assert [bucketed.layout(prompt) for prompt in edits()] == [(size, size) for size in expected]
     both = Prompt(id="b", text="", task="edit", sources=(torch.rand(3, 80, 64), torch.rand(3, 50, 50)))
     assert bucketed.layout(both) == ((64, 64), (96, 64), (64, 64))
 
@@ -105,12 +103,12 @@ def test_a_family_that_looks_at_more_than_it_draws_gets_sources_of_that_size(ope
 
 
 @pytest.fixture
-def drawn(opened: Make) -> Callable[[int], tuple[list[Chunk], list[tuple[int, ...]]]]:
+def drawn(opened: Make) -> Callable[[int], tuple[list[Chunk], list[tuple[int, int]]]]:
     """Rollouts of text and edits of several shapes, by the size of the batch, with the forwards they took."""
     adapter = opened("qwen_image_21", buckets=BUCKETS, lora_rank=None)
     net = adapter.load(CPU)
 
-    def draw(batch: int) -> tuple[list[Chunk], list[tuple[int, ...]]]:
+    def draw(batch: int) -> tuple[list[Chunk], list[tuple[int, int]]]:
         forwards = watched(net)
         guidance = RolloutOnly(ScaleOptions(scale=2.0))
         sampler = Sampler(adapter=adapter, guidance=guidance, kernel=Ode(), steps=3, batch=batch)
@@ -127,9 +125,9 @@ def mixed() -> list[Prompt]:
     return [changes[0], text[0], *changes[1:5], text[1], *changes[5:]]
 
 
-def watched(net: nn.Module) -> list[tuple[int, ...]]:
-    """(rows, tokens of the picture, then its grid and those of sources) of each forward from now on."""
-    found: list[tuple[int, ...]] = []
+def watched(net: nn.Module) -> list[tuple[int, int]]:
+    """(rows, tokens of the picture) of each forward from now on."""
+    found: list[tuple[int, int]] = []
 
     def note(_: nn.Module, __: object, options: dict[str, Any]) -> None:
         if options["kv_cache_mode"] == "cached":
@@ -153,8 +151,7 @@ def test_a_rollout_draws_whole_groups_layout_by_layout_in_the_order_of_the_promp
     assert [{tuple(sample.image.shape[1:]) for sample in chunk.samples} for chunk in chunks] == [
         {(96, 64)}, {(64, 96)}, {(64, 64)}, {(64, 96)},
     ]  # fmt: skip
-    tokens = [24, 24, 16, 24]
-    assert [each for each, _ in [(f[1], 0) for f in forwards]] == [t for t in tokens for _ in range(len(forwards) // 4)]
+    assert [tokens for _, tokens in forwards] == [t for t in (24, 24, 16, 24) for _ in range(len(forwards) // 4)]
     assert sum(rows for rows, _ in forwards) == 9 * 3 * 3 * 2  # prompts, samples, steps, branches
 
 
