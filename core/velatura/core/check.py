@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,18 @@ from rich.table import Table
 from velatura.core.build import build
 from velatura.core.components import Component, PolicyObjective
 from velatura.core.errors import RecipeError, suggest
-from velatura.core.estimate import Speed, memory, work
+from velatura.core.estimate import Speed, work
 from velatura.core.folding import folded_scale, guidance_scale
+from velatura.core.memory import CPU, PHASES, MemoryPlan
+from velatura.core.placement import Placement, advice, readable
 from velatura.core.recipe import Recipe, Ref
 from velatura.core.registry import Registry
 from velatura.core.types import Context, Role
 
 LOOK = 512
 """Prompts that are looked at for their categories."""
+LARGE = 2e9
+"""Bytes at the peak above which a stage's memory is shown part by part."""
 
 
 def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
@@ -185,14 +189,63 @@ def _check_categories(recipe: Recipe, name: str, stage: Any, categories: Categor
     return warnings
 
 
-def check(plan: Any, console: Console) -> None:
-    """Print what a run would do: components, stages, arithmetic, time and memory."""
+def check(plan: Any, console: Console, world_size: int = 1) -> None:
+    """Print what a run would do: components, stages, arithmetic, time, and what is where on each of `world_size`
+    GPUs."""
     warnings = check_combinations(plan.recipe, plan.registry)
+    placement = Placement(plan.recipe, plan.registry, world_size)
+    memory = {name: _memory(plan, placement, name) for name in plan.recipe.order()}
     console.print(_component_table(plan))
-    console.print(_stage_table(plan))
-    for warning in warnings:
+    console.print(_stage_table(plan, memory))
+    for name, found in memory.items():
+        if found is not None and (found.peak > LARGE or plan.recipe.engine.device.startswith("cuda")):
+            console.print(memory_table(name, found))
+    for warning in [*warnings, *_too_large(plan, placement, memory)]:
         console.print(f"[yellow]warning[/]: {warning}")
     console.print(f"Results go to [bold]{plan.folder}[/]. Nothing was run.")
+
+
+def _memory(plan: Any, placement: Placement, name: str) -> MemoryPlan | None:
+    stage: Any = plan.recipe.stage(name)
+    if stage.stage == "export":
+        return None
+    adapter = set_up(plan, "adapter", stage.adapter)
+    return placement.plan(name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))
+
+
+def memory_table(name: str, plan: MemoryPlan) -> Table:
+    """What is where, largest first, and the peak."""
+    spread = f", each of {plan.world_size} GPUs" if plan.world_size > 1 else ""
+    table = Table(
+        title=f"Memory of {name}: {_peak(plan)} at the peak ({plan.phase}){spread}", title_justify="left",
+        caption="estimated; without reward models and what CUDA takes for itself (about 1 GB)",
+    )  # fmt: skip
+    for column in ("part", "where", "bytes", "when", "at the peak"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    for part in sorted(plan.parts, key=lambda part: -(part.size or 0)):
+        counts = part.where != CPU and plan.phase in part.phases
+        table.add_row(part.name, part.where, "not known" if part.size is None else readable(part.size),
+                      "-" if part.where == CPU else "always" if part.phases == PHASES else ", ".join(part.phases),
+                      "yes" if counts else "")  # fmt: skip
+    return table
+
+
+def _peak(plan: MemoryPlan | None) -> str:
+    if plan is None:
+        return "not known"
+    return readable(plan.peak) + (f" and {', '.join(plan.unknown)}" if plan.unknown else "")
+
+
+def _too_large(plan: Any, placement: Placement, memory: Mapping[str, MemoryPlan | None]) -> list[str]:
+    """Stages that the GPU of this machine has no room for."""
+    if plan.recipe.engine.device == "cpu" or not torch.cuda.is_available():
+        return []
+    there = torch.cuda.get_device_properties(0).total_memory
+    return [
+        f"stages.{name} {advice(found, there, plan.recipe.stage(name), placement.sharding)}"
+        for name, found in memory.items()
+        if found is not None and found.peak > there
+    ]
 
 
 def _component_table(plan: Any) -> Table:
@@ -210,20 +263,20 @@ def used_components(recipe: Recipe, registry: Registry) -> Sequence[Any]:
     return [found[key] for key in sorted(found)]
 
 
-def _stage_table(plan: Any) -> Table:
+def _stage_table(plan: Any, memory: Mapping[str, MemoryPlan | None]) -> Table:
     table = Table(title="Stages", title_justify="left", caption="row: one sample at one time through the transformer")
-    for column in ("stage", "kind", "needs", "steps", "samples/step", "rows/step fwd+bwd", "time", "memory"):
+    for column in ("stage", "kind", "needs", "steps", "samples/step", "rows/step fwd+bwd", "time", "peak memory"):
         table.add_column(column, justify="left" if column in ("stage", "kind", "needs") else "right")
     total, speed = 0.0, Speed(plan.recipe.engine.threads)
     for name in plan.recipe.order():
-        row, seconds = _stage_row(plan, name, speed)
+        row, seconds = _stage_row(plan, name, speed, memory[name])
         total += seconds
         table.add_row(*row)
     table.add_row("all", "", "", "", "", "", _duration(total), "")
     return table
 
 
-def _stage_row(plan: Any, name: str, speed: Speed) -> tuple[list[str], float]:
+def _stage_row(plan: Any, name: str, speed: Speed, memory: MemoryPlan | None) -> tuple[list[str], float]:
     stage: Any = plan.recipe.stage(name)
     needs = ", ".join(plan.recipe.dependencies(name))
     if stage.stage == "export":
@@ -234,11 +287,9 @@ def _stage_row(plan: Any, name: str, speed: Speed) -> tuple[list[str], float]:
     costs = [speed.seconds(adapter, part) for part in parts]
     seconds = steps * sum(cost for cost in costs if cost is not None)
     forward, gradient = (sum(getattr(part.rows, kind) for part in parts) for kind in ("forward", "gradient"))
-    sets = {"rl": 2, "supervised": 1}.get(stage.stage, 0)
-    size = memory(adapter, sets, len(getattr(stage, "teachers", {})))
     return [
         name, stage.stage, needs, str(steps), f"{sum(part.samples for part in parts):,}", f"{forward:,} + {gradient:,}",
-        _duration(seconds) if None not in costs else "not tried", f"{size / 1e6:,.0f} MB",
+        _duration(seconds) if None not in costs else "not tried", _peak(memory),
     ], seconds  # fmt: skip
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from velatura.core import events
+    from velatura.core.footprint import Footprint
     from velatura.core.types import (
         Admission,
         Advantages,
@@ -241,6 +242,11 @@ class ModelAdapter(Component[O]):
     def describe(self) -> Mapping[str, Any]:
         """Facts for `velatura check`: parameters, image size, tokens per sample, and where weights come from."""
         return {}
+
+    def footprint(self, prompt: Prompt) -> Footprint | None:
+        """What `velatura check` measures memory on: the network without its weights, and what it is told of `prompt`.
+        None: not known, and said to be so."""
+        return None
 
 
 class Task(Component[O]):

@@ -23,8 +23,6 @@ from velatura.core.routes import LOOK, Look, routes_of_models
 from velatura.core.seeds import generator
 from velatura.core.types import Prompt, Role
 
-BYTES = 4
-"""fp32."""
 TRIED = 128
 """Rows in one forward when speed is measured."""
 SHARED = 16
@@ -209,11 +207,3 @@ def _usual(call: Callable[[], object]) -> float:
         call()
         taken.append(time.perf_counter() - begin)
     return median(taken[1:])
-
-
-def memory(adapter: ModelAdapter[Any], sets: int, teachers: int) -> float:
-    """Bytes of weights, gradients, Adam moments and kept weight sets; activations are not counted."""
-    facts = adapter.describe()
-    total = float(facts.get("parameters", 0))
-    trained = float(facts.get("trainable parameters", total))
-    return BYTES * (total + trained * (1 + 2 + sets + teachers))

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,12 +23,17 @@ from torch import Tensor, nn
 
 from velatura.api import Conditioning, Context, ModelAdapter, Options, Prompt, VelaturaError
 from velatura.core.engine.local import check_precision
+from velatura.core.footprint import Footprint
+from velatura.plugins.adapters.blank_rows import blank_row
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
 from velatura.plugins.adapters.conditioning_cache import ConditioningCache, row_key, weights_hash
 from velatura.plugins.adapters.lora import ATTENTION, add_lora
 from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
 from velatura.plugins.adapters.pipeline_export import write_pipeline
 from velatura.plugins.adapters.sizes import Buckets, Size, buckets_of, drawable, nearest, sides, stretched
+
+TRIED_BYTES = 256 * 2**20
+"""Text encoders and autoencoders up to this size are run to see what a prompt becomes."""
 
 
 class DiffusersOptions(Options):
@@ -83,6 +89,8 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
     _context: Context | None = None
     _staying: bool = False
     """Whether frozen parts stay on the device between two rows."""
+    _still: bool = False
+    """Whether frozen parts are never moved."""
 
     def setup(self, context: Context) -> None:
         """Remember the device and where the recipe is; nothing is loaded before it is needed."""
@@ -114,18 +122,22 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         options = self.options
         check_precision(device, "bf16" if self.dtype is torch.bfloat16 else "fp32")
         self.size_of(None)  # refused now, not after minutes of loading
-        net = self.folder.transformer(self.dtype)
-        if options.lora_rank is not None:
-            alpha = options.lora_alpha or options.lora_rank
-            add_lora(net, options.lora_rank, alpha, seed=options.seed, targets=options.lora_targets)
-        stock: Any = net
-        if options.gradient_checkpointing:
-            stock.enable_gradient_checkpointing()
+        stock: Any = self._equipped(self.folder.transformer(self.dtype))
         if options.attention is not None:
             stock.set_attention_backend(options.attention)
         if options.compile:
             stock.compile_repeated_blocks()
-        return net.to(device)
+        return cast("nn.Module", stock.to(device))
+
+    def _equipped(self, net: nn.Module) -> nn.Module:
+        """With what is trained, and gradient checkpointing where it is asked for."""
+        options, stock = self.options, cast("Any", net)
+        if options.lora_rank is not None:
+            alpha = options.lora_alpha or options.lora_rank
+            add_lora(net, options.lora_rank, alpha, seed=options.seed, targets=options.lora_targets)
+        if options.gradient_checkpointing:
+            stock.enable_gradient_checkpointing()
+        return net
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """The rows of P prompts of one layout, each encoded alone, so that none depends on its neighbours."""
@@ -186,6 +198,36 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
             "weights": str(self.folder.path),
         }
 
+    def footprint(self, prompt: Prompt) -> Footprint | None:
+        """From the folder's configurations. Encoders that are small are tried; with large ones a prompt's row has the
+        shapes that its family's rows have. None for a family whose rows are not known."""
+        frozen = self.folder.frozen_bytes(self.dtype)
+        small = sum(frozen.values()) < TRIED_BYTES
+        rows = [self._row(prompt, text) if small else blank_row(self, prompt, text)
+                for text in (prompt.text, self.options.negative_prompt)]  # fmt: skip
+        if rows[0] is None or rows[1] is None:
+            return None
+        with torch.device("meta"):
+            net = self._equipped(self.folder.blank("transformer", self.dtype))
+        told, untold = rows[0], rows[1]
+        layout = self.layout(prompt)
+        still = self._without_moving(self.folder.blank("vae", self.dtype))
+        return Footprint(
+            net=net,
+            cond=lambda count: self.collate(layout, [told] * count),
+            null=lambda count: self.collate(layout, [untold] * (count if prompt.sources else 1)).expand(count),  # type: ignore[attr-defined]
+            frozen=frozen,
+            vae=still.pipe.vae,
+            decode=lambda x: still.decode(x, prompt),
+        )
+
+    def _without_moving(self, vae: nn.Module) -> Self:
+        """This adapter over another autoencoder, which stays where it is."""
+        still = type(self)(self.options)
+        still._context, still._still = self._context, True
+        still.__dict__["pipe"] = SimpleNamespace(vae=vae, components={})
+        return still
+
     def export(self, net: nn.Module, folder: Path, *, info: Mapping[str, Any]) -> None:
         """A complete pipeline folder with the trained weights merged in, and beside them, in `lora`, the LoRA weights
         alone as diffusers loads them; `info` is written to `velatura.json`."""
@@ -223,11 +265,11 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         """Frozen parts of the pipeline on the device for as long as they are used; it is the network's otherwise."""
         modules = [getattr(self.pipe, part) for part in parts]
         try:
-            for module in modules:
+            for module in modules if not self._still else []:
                 module.to(self.device)
             yield modules[0] if len(modules) == 1 else modules
         finally:
-            if not self._staying:
+            if not (self._staying or self._still):
                 for module in modules:
                     module.to("cpu")
 

@@ -85,6 +85,24 @@ class ModelFolder:
             net = self.transformer_class().from_config(self.config("transformer"))
         return Facts(shapes={name: tuple(p.shape) for name, p in net.named_parameters()})
 
+    def blank(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """A part without its weights, on the meta device."""
+        import diffusers
+
+        with torch.device("meta"):
+            net = getattr(diffusers, self.index[part][1]).from_config(self.config(part))
+        net.train(False).requires_grad_(part == "transformer")
+        return nn.Module.to(net, dtype)  # the stock class would warn where nothing is cast
+
+    def frozen_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Part beside the transformer -> bytes of its weights in `dtype`, from the heads of its files."""
+        found = {}
+        for part in self.index:
+            files = [] if part == "transformer" else sorted((self.path / part).glob("*.safetensors"))
+            if files:
+                found[part] = sum(map(_numbers, files)) * dtype.itemsize
+        return found
+
     def scheduler(self) -> Any:
         """A fresh scheduler: setting its times changes it."""
         return self._scheduler_class.from_config(self._scheduler_config)
@@ -116,6 +134,14 @@ class ModelFolder:
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).train(False)
         return pipe
+
+
+def _numbers(file: Path) -> int:
+    """How many numbers a safetensors file holds."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
 
 
 def open_folder(

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from velatura.api import Conditioning, Context, ModelAdapter, Options, Prompt, VelaturaError
+from velatura.core.footprint import Footprint
 from velatura.plugins.adapters.lora import add_lora
 from velatura.plugins.adapters.qwen_image_21_network import (
     Grid,
@@ -150,6 +151,20 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
             "weights": source,
         }
 
+    def footprint(self, prompt: Prompt) -> Footprint:
+        """The network's shapes, and the prompt itself."""
+        options = self.options
+        with torch.device("meta"):
+            net = _sized(options)
+            if options.lora_rank is not None:
+                add_lora(net, options.lora_rank, options.lora_alpha or options.lora_rank)
+        return Footprint(
+            net=net,
+            cond=lambda count: self.encode([prompt] * count),
+            null=lambda count: self.null([prompt] * count),
+            frozen={},
+        )
+
     def _conditioning(self, texts: Sequence[str], sources: Tensor | None) -> QwenImage21Conditioning:
         # Padding is read, not masked: a constant length is part of this network's definition. It costs nothing here,
         # keeps every attention call without a mask, and gives the causal text tokens room that has read all of it.
@@ -199,22 +214,28 @@ def _source_images(prompts: Sequence[Prompt]) -> Tensor | None:
 
 def _fresh(options: TinyWorldAdapterOptions) -> nn.Module:
     """A network that starts as the zero velocity with every block switched off, which trains much better."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)  # the stock class draws from the global generator
+        net: Any = _sized(options)
+    for weight in (net.proj_out.weight, net.modulation[1].weight, net.norm_out.linear.weight):
+        nn.init.zeros_(weight)
+    return cast("nn.Module", net)
+
+
+def _sized(options: TinyWorldAdapterOptions) -> nn.Module:
+    """The stock class in the size that is asked for."""
     from diffusers import QwenImage21Transformer2DModel
 
     head = options.width // options.heads
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)  # the stock class draws from the global generator
-        net = QwenImage21Transformer2DModel(
-            in_channels=vae.CHANNELS,
-            out_channels=vae.CHANNELS,
-            num_layers=options.layers,
-            num_attention_heads=options.heads,
-            attention_head_dim=head,
-            context_in_dim=words.WIDTH,
-            axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
-        )
-    for weight in (net.proj_out.weight, net.modulation[1].weight, net.norm_out.linear.weight):
-        nn.init.zeros_(weight)
+    net = QwenImage21Transformer2DModel(
+        in_channels=vae.CHANNELS,
+        out_channels=vae.CHANNELS,
+        num_layers=options.layers,
+        num_attention_heads=options.heads,
+        attention_head_dim=head,
+        context_in_dim=words.WIDTH,
+        axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
+    )
     return cast("nn.Module", net)
 
 
