@@ -202,7 +202,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         """From the folder's configurations. Encoders that are small are tried; with large ones a prompt's row has the
         shapes that its family's rows have. None for a family whose rows are not known."""
         frozen = self.folder.frozen_bytes(self.dtype)
-        small = sum(frozen.values()) < TRIED_BYTES
+        small = bool(frozen) and sum(frozen.values()) < TRIED_BYTES
         rows = [self._row(prompt, text) if small else blank_row(self, prompt, text)
                 for text in (prompt.text, self.options.negative_prompt)]  # fmt: skip
         if rows[0] is None or rows[1] is None:
