@@ -109,6 +109,7 @@ def test_a_report_holds_what_was_submitted_since_the_last_one() -> None:
         (lambda shown: Scores(values=[0.0, 1.0], status=(Status.OK,) * 2), "list"),
         (lambda shown: Scores(values=torch.zeros(2), status=(Status.OK, 17)), "17"),
         (lambda shown: Scores(values=torch.zeros(2), status=(Status.OK,) * 2, reasons=("a",)), "reasons"),
+        (lambda shown: Scores(values=torch.zeros(2), status=(Status.OK,) * 2, notes=("a",)), "1 notes for 2"),
         (lambda shown: Scores(values=torch.tensor(0.0), status=(Status.OK,) * 2), "2 samples"),
     ],
 )

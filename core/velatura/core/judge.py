@@ -96,6 +96,7 @@ class Judge:
             group=torch.tensor([s.group for s in samples]),
             prompts=tuple(prompts),
             reasons=tuple(c.reasons for c in columns),
+            notes=tuple(c.notes for c in columns),
         )
 
     def close(self) -> None:
@@ -116,13 +117,15 @@ class Judge:
         values = torch.zeros(len(samples))
         status = [Status.NOT_APPLICABLE] * len(samples)
         reasons = ["does not apply to this prompt"] * len(samples)
+        notes = [""] * len(samples)
         for part in _scopes(reward.model, samples, shown):
             scores = self._patiently(reward, [samples[i] for i in part])
             for j, i in enumerate(part):
                 values[i] = scores.values[j]
                 status[i] = scores.status[j]
                 reasons[i] = scores.reasons[j] if scores.reasons else ""
-        return Scores(values=values, status=tuple(status), reasons=tuple(reasons))
+                notes[i] = scores.notes[j] if scores.notes else ""
+        return Scores(values=values, status=tuple(status), reasons=tuple(reasons), notes=tuple(notes))
 
     def _patiently(self, reward: WeightedReward, samples: Sequence[Sample]) -> Scores:
         """Score a batch; when that fails, again, and then one by one, so that one bad sample spoils no other."""
@@ -145,10 +148,12 @@ class Judge:
         second = _once(reward.model, [samples[i] for i in failed])
         if not isinstance(second, Scores):
             return scores
-        values, status, reasons = scores.values.clone(), list(scores.status), list(scores.reasons)
+        values, status = scores.values.clone(), list(scores.status)
+        reasons, notes = list(scores.reasons), list(scores.notes)
         for j, i in enumerate(failed):
-            values[i], status[i], reasons[i] = second.values[j], second.status[j], second.reasons[j]
-        patched = Scores(values=values, status=tuple(status), reasons=tuple(reasons))
+            values[i], status[i] = second.values[j], second.status[j]
+            reasons[i], notes[i] = second.reasons[j], second.notes[j]
+        patched = Scores(values=values, status=tuple(status), reasons=tuple(reasons), notes=tuple(notes))
         return self._again(reward, samples, patched, retries - 1)
 
     def _count(self, reward: WeightedReward, scores: Scores) -> None:
@@ -203,6 +208,8 @@ def _contradiction(scores: object, count: int) -> str:
         return f"`score` returned {shape} scores and {len(scores.status)} statuses for {count} samples"
     if len(scores.reasons) not in (0, count):
         return f"`score` returned {len(scores.reasons)} reasons for {count} samples"
+    if len(scores.notes) not in (0, count):
+        return f"`score` returned {len(scores.notes)} notes for {count} samples"
     unknown = [status for status in scores.status if status not in list(Status)]
     return f"`score` returned status {unknown[0]!r}, which is none of Status" if unknown else ""
 
@@ -226,6 +233,7 @@ def _without_nonsense(scores: Scores) -> Scores:
             f"score is {value}" if wrong else reason
             for reason, wrong, value in zip(reasons, bad, values.tolist(), strict=True)
         ),
+        notes=scores.notes or ("",) * len(status),
     )
 
 
@@ -234,4 +242,5 @@ def _joined(parts: Sequence[Scores]) -> Scores:
         values=torch.cat([part.values for part in parts]),
         status=tuple(status for part in parts for status in part.status),
         reasons=tuple(reason for part in parts for reason in (part.reasons or ("",) * len(part.status))),
+        notes=tuple(note for part in parts for note in (part.notes or ("",) * len(part.status))),
     )

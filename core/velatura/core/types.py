@@ -83,6 +83,8 @@ class Scores:
     """[B]."""
     reasons: tuple[str, ...] = ()
     """[B] or empty: why a score is missing."""
+    notes: tuple[str, ...] = ()
+    """[B] or empty: what the reward says of its score, for people; a judge's reasoning."""
 
     @classmethod
     def of(cls, values: Tensor) -> Self:
@@ -196,6 +198,8 @@ class RewardReport:
     """[P]."""
     reasons: tuple[tuple[str, ...], ...] = ()
     """[R][B] or empty: why a score is missing."""
+    notes: tuple[tuple[str, ...], ...] = ()
+    """[R][B] or empty: what the rewards say of their scores, for people."""
 
     @property
     def valid(self) -> Tensor:

@@ -16,6 +16,7 @@ def velatura_reward() -> Sequence[str]:
         "tinyworld-portrait = velatura.rewards.tinyworld:Portrait",
         "tinyworld-preservation = velatura.rewards.tinyworld:Preservation",
         "tinyworld-sharpness = velatura.rewards.tinyworld:Sharpness",
+        "vlm-judge = velatura.rewards.judge.reward:VlmJudge",
     ]
 
 

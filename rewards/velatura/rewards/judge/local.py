@@ -1,0 +1,206 @@
+"""A judge in this process: any vision-language model that transformers opens as image-text-to-text."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from loguru import logger
+from PIL import Image
+from torch import Tensor
+
+from velatura.api import Context, Sample, VelaturaError
+from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.rewards.judge.pictures import to_picture
+from velatura.rewards.judge.rubric import Part, Rubric
+from velatura.rewards.judge.scoring import MARKER, NOT_APPLICABLE, SCORE, Verdict, expected, failed
+
+FORCED = f"\n{MARKER}"
+"""Written after the reasoning by us, so that the next token is the level."""
+
+
+@dataclass(eq=False)
+class Model:
+    """Weights, processor, and a lock: these models keep positions of the last forward on themselves."""
+
+    net: Any
+    processor: Any
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's."""
+        return self.processor.tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labels:
+    """Token ids of what may stand in place of the level."""
+
+    levels: Mapping[int, int]
+    none: int | None
+    """First token of N/A; None where the rubric has no such answer."""
+
+
+_models: WeakValueDictionary[tuple[str, str, str], Model] = WeakValueDictionary()
+_loading = threading.Lock()
+
+
+def shared_model(source: str, dtype: str, device: str) -> Model:
+    """The model of a folder or hub name; judges with several rubrics share one copy."""
+    key = (source, dtype, device)
+    with _loading:
+        model = _models.get(key)
+        if model is None:
+            model = _models[key] = _loaded(source, dtype, device)
+        return model
+
+
+def _loaded(source: str, dtype: str, device: str) -> Model:
+    import transformers
+
+    opener: Any = transformers.AutoModelForImageTextToText
+    try:
+        net = opener.from_pretrained(source, dtype=dtype)
+        processor = _processor(source, net.config.model_type)
+    except (OSError, ValueError) as error:
+        raise VelaturaError(
+            f"the judge's model {source!r} does not open as an image-text-to-text model: {error}. Give a folder that "
+            f"transformers saved or a name on the hub, or set `server` if it runs elsewhere."
+        ) from error
+    if getattr(processor, "chat_template", None) is None:
+        raise VelaturaError(f"the judge's model {source!r} has no chat template, so it cannot be asked anything")
+    logger.info("judge model {} on {}", source, device)
+    return Model(net=net.to(device).requires_grad_(False).train(False), processor=processor)
+
+
+def _processor(source: str, model_type: str) -> Any:
+    """The stock processor, or for Qwen's that would need torchvision the one without videos."""
+    import transformers
+    from transformers.models.auto import processing_auto
+
+    from velatura.plugins.adapters.processors import IMAGE_ONLY, image_only
+
+    names: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
+    name = str(names.get(model_type, ""))
+    opener: Any = image_only(name) if name in IMAGE_ONLY else transformers.AutoProcessor
+    return opener.from_pretrained(source)
+
+
+class LocalJudge:
+    """Asks a model in this process: reasoning first, then the probabilities of the levels after a forced prefix."""
+
+    def __init__(self, options: VlmJudgeOptions, rubric: Rubric, context: Context) -> None:
+        """Raises `VelaturaError` where the model does not open or a level is no single token of it."""
+        folder = context.resolve(options.model)
+        device = options.device or str(context.device)
+        self.options, self.rubric = options, rubric
+        self.model = shared_model(str(folder) if folder.is_dir() else options.model, options.dtype, device)
+        self.labels = labels_of(self.model.tokenizer, rubric)
+
+    def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """One verdict per sample, in their order."""
+        found: list[Verdict | None] = [None] * len(samples)
+        questions: list[tuple[int, str, list[Image.Image]]] = []
+        for i, sample in enumerate(samples):
+            try:
+                text, pictures = self._question(self.rubric.question(sample, self.options.reasoning_tokens))
+                questions.append((i, text, pictures))
+            except ValueError as error:
+                found[i] = failed(str(error))
+        size = self.options.batch_size
+        for start in range(0, len(questions), size):
+            part = questions[start : start + size]
+            verdicts = self._judged([text for _, text, _ in part], [pictures for _, _, pictures in part])
+            for (i, _, _), verdict in zip(part, verdicts, strict=True):
+                found[i] = verdict
+        return [verdict for verdict in found if verdict is not None]
+
+    def _question(self, parts: Sequence[Part]) -> tuple[str, list[Image.Image]]:
+        """The question in the model's chat format, and the pictures in it."""
+        pictures = [to_picture(part, self.options.max_pixels) for part in parts if isinstance(part, Tensor)]
+        content = [{"type": "text", "text": _plain(p)} if isinstance(p, str) else {"type": "image"} for p in parts]
+        chat = [{"role": "user", "content": content}]
+        text = self.model.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return str(text), pictures
+
+    def _judged(self, texts: Sequence[str], pictures: Sequence[list[Image.Image]]) -> list[Verdict]:
+        with self.model.lock, torch.inference_mode():
+            reasoning = self._reasoning(texts, pictures) if self.options.reasoning_tokens else [""] * len(texts)
+            whole = [f"{text}{said}{FORCED}" for text, said in zip(texts, reasoning, strict=True)]
+            logits = self.model.net(**self._inputs(whole, pictures), logits_to_keep=1).logits[:, -1]
+        logprobs = logits.float().log_softmax(-1).cpu()
+        return [self._verdict(row, said) for row, said in zip(logprobs, reasoning, strict=True)]
+
+    def _verdict(self, logprobs: Tensor, reasoning: str) -> Verdict:
+        """From log-probabilities [V] at the place of the level."""
+        levels = {level: float(logprobs[token]) for level, token in self.labels.levels.items()}
+        none = -math.inf if self.labels.none is None else float(logprobs[self.labels.none])
+        return expected(levels, none=none, min_mass=self.options.min_mass, note=reasoning)
+
+    def _reasoning(self, texts: Sequence[str], pictures: Sequence[list[Image.Image]]) -> list[str]:
+        """What the model writes greedily, cut before a score of its own."""
+        import transformers
+
+        settings: Any = transformers.GenerationConfig
+        own = self.model.net.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else self.model.tokenizer.eos_token_id
+        config = settings(
+            max_new_tokens=self.options.reasoning_tokens, do_sample=False, eos_token_id=ends,
+            pad_token_id=self.model.tokenizer.pad_token_id,
+        )  # fmt: skip
+        inputs = self._inputs(texts, pictures)
+        made = self.model.net.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+        said = self.model.processor.batch_decode(made, skip_special_tokens=True)
+        return [_before_score(text) for text in said]
+
+    def _inputs(self, texts: Sequence[str], pictures: Sequence[list[Image.Image]]) -> dict[str, Tensor]:
+        """A batch, padded on the left so that every row ends where the model goes on."""
+        processor, net = self.model.processor, self.model.net
+        processor.tokenizer.padding_side = "left"
+        batch = processor(text=list(texts), images=[list(p) for p in pictures], padding=True, return_tensors="pt")
+        return {
+            name: value.to(net.device, net.dtype) if value.is_floating_point() else value.to(net.device)
+            for name, value in batch.items()
+        }
+
+
+def labels_of(tokenizer: Any, rubric: Rubric) -> Labels:
+    """Token ids of the levels after the forced prefix.
+
+    Raises:
+        VelaturaError: a level is not exactly one token there.
+    """
+
+    def after_prefix(answer: str) -> list[int] | None:
+        prefix = tokenizer.encode(FORCED, add_special_tokens=False)
+        whole = tokenizer.encode(FORCED + answer, add_special_tokens=False)
+        return whole[len(prefix) :] if whole[: len(prefix)] == prefix else None
+
+    tokens = {level: after_prefix(str(level)) for level in rubric.levels}
+    split = [str(level) for level, ids in tokens.items() if ids is None or len(ids) != 1]
+    if split:
+        raise VelaturaError(
+            f"rubric '{rubric.name}': level {', '.join(split)} is no single token of the judge's model. Scores are "
+            f"expectations over single tokens; use a rubric whose levels have one digit, or another model."
+        )
+    none = after_prefix(NOT_APPLICABLE) if rubric.not_applicable else None
+    return Labels(levels={level: ids[0] for level, ids in tokens.items() if ids}, none=none[0] if none else None)
+
+
+def _plain(text: str) -> str:
+    """Text in which no token of the chat format is written out."""
+    return text.replace("<|", "< |").replace("|>", "| >")
+
+
+def _before_score(text: str) -> str:
+    """Reasoning without the line that states the score."""
+    found = None
+    for match in SCORE.finditer(text):
+        found = match
+    return (text if found is None else text[: found.start()]).rstrip("\n *#")

@@ -1,0 +1,309 @@
+"""A judge behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve`, or somebody's API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from velatura.api import Prompt, Sample, VelaturaError
+from velatura.core.errors import suggest
+from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.rewards.judge.pictures import data_url, to_picture
+from velatura.rewards.judge.replies import LabelsError, Malformed, Reply, parsed, reading, stated
+from velatura.rewards.judge.rubric import Part, Rubric
+from velatura.rewards.judge.scoring import Verdict, failed, mean_of
+
+if TYPE_CHECKING:
+    import httpx2
+
+LONGEST_PAUSE = 30.0
+"""Seconds; a server that asks for more is not waited for longer."""
+LAST_LINE_TOKENS = 32
+"""Room for the line with the score."""
+TEMPERATURE = 0.7
+"""Of replies that are averaged; with one reply, or with probabilities, it is 0."""
+PASSING = (408, 409, 425, 429)
+"""Answers that may be better next time, beside all from 500."""
+T = TypeVar("T")
+Message = dict[str, Any]
+
+
+class Unanswered(Exception):
+    """A request brought no reply."""
+
+    def __init__(self, reason: str, *, passing: bool, dead: bool = False, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.passing = passing
+        """Whether it is worth trying again."""
+        self.dead = dead
+        """Whether nobody listens at the address."""
+        self.after = after
+        """Seconds that the server asks to wait."""
+
+
+class NoLogprobs(Unanswered):
+    """The server takes no request for probabilities."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the pictures of one call share."""
+
+    client: httpx2.AsyncClient
+    slots: asyncio.Semaphore
+    dead: str = ""
+    """Why nothing more is sent: one picture has tried to the end and found nobody."""
+
+
+@dataclass(slots=True)
+class ServerJudge:
+    """Asks one model behind one address about pictures, several at a time, each with a deadline."""
+
+    options: VlmJudgeOptions
+    rubric: Rubric
+    has_logprobs: bool | None = None
+    """Whether the server gives probabilities; None until its first reply."""
+    _jitter: random.Random = field(default_factory=random.Random)
+    """Seeded by the system: its draws only spread repetitions over time."""
+
+    def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """One verdict per sample, in their order."""
+        return _run(self._verdicts(samples))
+
+    def check(self) -> None:
+        """Ask about one grey picture, so that what cannot work is said before the first real one.
+
+        Raises:
+            VelaturaError: nobody answers, or the server wants another key, name or request.
+        """
+        _run(self._check())
+
+    async def _check(self) -> None:
+        grey = torch.linspace(0.25, 0.75, 64).expand(3, 64, 64)
+        sources = (grey,) if self.rubric.task == "edit" else ()
+        prompt = Prompt(id="check", text="a grey gradient", task="t2i", sources=sources)
+        async with self._client() as client:
+            batch = Batch(client, asyncio.Semaphore(1))
+            try:
+                async with asyncio.timeout(self.options.deadline):
+                    await self._verdict(batch, Sample(prompt=prompt, image=grey, seed=0))
+            except Unanswered as error:
+                if error.passing and not error.dead:
+                    logger.warning("judge '{}' did not answer its first question: {}", self.rubric.name, error)
+                    return
+                hint = await self._hint(client, error)
+                raise VelaturaError(f"the judge '{self.rubric.name}' cannot be asked: {error}.{hint}") from error
+            except TimeoutError:
+                logger.warning("judge '{}' did not answer its first question in time", self.rubric.name)
+
+    async def _hint(self, client: httpx2.AsyncClient, error: Unanswered) -> str:
+        """What to do about it."""
+        import httpx2
+
+        if error.dead:
+            return f" Start the server at {self.options.server}, or mend `server`."
+        try:
+            answer = (await client.get(f"{self.options.server}/models")).json()
+            known = [str(entry["id"]) for entry in answer["data"]]
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+            return " Compare `server`, `model` and `api_key_env` with what the server says; `server` often ends in /v1."
+        model = self.options.model
+        return "" if model in known else f" The server lists no {model!r}.{suggest(model, known)}"
+
+    async def _verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
+        async with self._client() as client:
+            batch = Batch(client, asyncio.Semaphore(self.options.concurrency))
+            return await asyncio.gather(*(self._in_time(batch, sample) for sample in samples))
+
+    async def _in_time(self, batch: Batch, sample: Sample) -> Verdict:
+        """A verdict on one picture, whatever happens; its time begins when it is its turn."""
+        async with batch.slots:
+            try:
+                async with asyncio.timeout(self.options.deadline):
+                    return await self._verdict(batch, sample)
+            except TimeoutError:
+                return failed(f"no score within the deadline of {self.options.deadline:g} s")
+            except Unanswered as error:
+                return failed(str(error))
+            except (ValueError, LabelsError) as error:
+                return failed(str(error))
+
+    async def _verdict(self, batch: Batch, sample: Sample) -> Verdict:
+        parts = self.rubric.question(sample, self.options.reasoning_tokens)
+        messages = [{"role": "user", "content": await asyncio.to_thread(self._content, parts)}]
+        if self._averages:
+            return await self._averaged(batch, messages)
+        tokens = self.options.reasoning_tokens + LAST_LINE_TOKENS
+        try:
+            reply = await self._ask(batch, messages, tokens)
+        except NoLogprobs:
+            return await self._averaged(batch, messages)
+        self._learn(reply)
+        if self._averages:
+            return await self._averaged(batch, messages)
+        if reply.states_no_score and reply.text.strip():
+            reply = await self._last_line(batch, messages, reply)
+        return reading(reply, self.rubric, self.options.min_mass)
+
+    async def _last_line(self, batch: Batch, messages: list[Message], reply: Reply) -> Reply:
+        """Ask for the line with the score alone, after a reply that ended without."""
+        more = [
+            *messages,
+            {"role": "assistant", "content": reply.text},
+            {"role": "user", "content": self.rubric.last_line},
+        ]
+        return await self._ask(batch, more, LAST_LINE_TOKENS)
+
+    async def _averaged(self, batch: Batch, messages: list[Message]) -> Verdict:
+        """The mean of several written scores, for servers without probabilities."""
+        tokens, many = self.options.reasoning_tokens + LAST_LINE_TOKENS, self.options.samples > 1
+        verdicts = []
+        for seed in range(self.options.samples):
+            sampling = {"temperature": TEMPERATURE if many else 0, "seed": seed, "logprobs": None, "top_logprobs": None}
+            reply = await self._ask(batch, messages, tokens, sampling)
+            if reply.states_no_score and reply.text.strip():
+                reply = await self._last_line(batch, messages, reply)
+            verdicts.append(stated(reply, self.rubric))
+        return mean_of(verdicts)
+
+    @property
+    def _averages(self) -> bool:
+        """Whether scores are means of written levels."""
+        return self.has_logprobs is False
+
+    def _learn(self, reply: Reply) -> None:
+        """Find out from the first reply with text whether there are probabilities."""
+        if self.has_logprobs is not None or reply.refusal or not reply.text.strip():
+            return
+        if reply.tokens is None:
+            self._say_that_levels_are_averaged("its replies have none")
+        else:
+            self.has_logprobs = True
+
+    def _say_that_levels_are_averaged(self, why: str) -> None:
+        """Once."""
+        if self.has_logprobs is None:
+            self.has_logprobs = False
+            logger.warning(
+                "judge '{}': {} gives no logprobs ({}), so a score is the mean of the levels that {} replies state, "
+                "not an expectation. vLLM and SGLang give them.",
+                self.rubric.name, self.options.server, why, self.options.samples,
+            )  # fmt: skip
+
+    def _content(self, parts: Sequence[Part]) -> list[Message]:
+        """The question as the parts of a message, pictures as lossless PNG."""
+        made: list[Message] = []
+        for part in parts:
+            if isinstance(part, Tensor):
+                url = data_url(to_picture(part, self.options.max_pixels))
+                made.append({"type": "image_url", "image_url": {"url": url}})
+            else:
+                made.append({"type": "text", "text": part})
+        return made
+
+    async def _ask(
+        self, batch: Batch, messages: Sequence[Message], tokens: int, sampling: Message | None = None
+    ) -> Reply:
+        """A reply, after as many repetitions as are allowed."""
+        body = {"model": self.options.model, "messages": messages, "max_tokens": tokens, "temperature": 0,
+                "logprobs": True, "top_logprobs": 20} | (sampling or {}) | self.options.request  # fmt: skip
+        body = {name: value for name, value in body.items() if value is not None}
+        for attempt in range(1 + self.options.retries):
+            if batch.dead:
+                raise Unanswered(batch.dead, passing=True, dead=True)
+            try:
+                return await self._once(batch.client, body)
+            except Unanswered as error:
+                last = attempt == self.options.retries
+                if last and error.dead:
+                    batch.dead = str(error)
+                if last or not error.passing:
+                    raise
+                pause = max(error.after, self.options.backoff * 2**attempt * self._jitter.uniform(0.5, 1))
+                logger.debug("judge '{}', attempt {}: {}", self.rubric.name, attempt + 1, error)
+            await asyncio.sleep(min(pause, LONGEST_PAUSE))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _once(self, client: httpx2.AsyncClient, body: Message) -> Reply:
+        """One request."""
+        import httpx2
+
+        at = self.options.server
+        try:
+            async with asyncio.timeout(self.options.timeout):
+                answer = await client.post(f"{at}/chat/completions", json=body)
+        except (TimeoutError, httpx2.TimeoutException) as error:
+            dead = isinstance(error, httpx2.ConnectTimeout)
+            reason = f"no answer from {at} within {self.options.timeout:g} s"
+            raise Unanswered(reason, passing=True, dead=dead) from error
+        except httpx2.TransportError as error:
+            said = str(error) or type(error).__name__
+            dead = isinstance(error, httpx2.ConnectError)
+            raise Unanswered(f"no answer from {at}: {said}", passing=True, dead=dead) from error
+        if answer.status_code != 200:
+            raise self._refused(answer)
+        try:
+            reply = parsed(answer.content)
+        except Malformed as error:
+            raise Unanswered(str(error), passing=True) from error
+        return self._from_the_right_model(reply)
+
+    def _refused(self, answer: httpx2.Response) -> Unanswered:
+        """An answer with an error status."""
+        code, said = answer.status_code, " ".join(answer.text.split())[:200]
+        wait = answer.headers.get("retry-after", "")
+        after = float(wait) if wait.isdecimal() else 0.0
+        reason = f"{self.options.server} answered with status {code}: {said}"
+        if code in (400, 422) and "logprobs" in said and not self.has_logprobs:
+            self._say_that_levels_are_averaged(said)
+            return NoLogprobs(reason, passing=False)
+        return Unanswered(reason, passing=code >= 500 or code in PASSING, after=after)
+
+    def _from_the_right_model(self, reply: Reply) -> Reply:
+        """The reply, if the model that was asked gave it."""
+        wanted = self.options.served_as or self.options.model
+        if reply.model != wanted:
+            raise Unanswered(
+                f"{self.options.server} answered for model {reply.model!r}, not for {wanted!r} (if they are the "
+                f"same, set `served_as`)",
+                passing=False,
+            )
+        return reply
+
+    def _client(self) -> httpx2.AsyncClient:
+        """A client for one call: no connection outlives it."""
+        import httpx2
+
+        host = urlsplit(str(self.options.server)).hostname
+        limits = httpx2.Limits(max_connections=self.options.concurrency)
+        return httpx2.AsyncClient(
+            headers=self._headers(), timeout=self.options.timeout, limits=limits,
+            trust_env=host not in ("localhost", "127.0.0.1", "::1"),
+        )  # fmt: skip
+
+    def _headers(self) -> dict[str, str]:
+        name = self.options.api_key_env
+        if name is None:
+            return {}
+        key = os.environ.get(name, "")
+        if not key:
+            raise VelaturaError(
+                f"the environment has no {name}, which `api_key_env` names. Set it to the server's key."
+            )
+        return {"Authorization": f"Bearer {key}"}
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Finish asynchronous work in a thread of its own: the caller's may have a loop that runs, as in a notebook."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vlm-judge") as thread:
+        return thread.submit(asyncio.run, work).result()
