@@ -85,8 +85,8 @@ def real(adapter: ModelAdapter[Any], precision: str = "fp32", **engine: Any) -> 
     with live:
         policy = Policy(net)
         made = make_engine(net, config, OptimizerConfig(lr=1e-3))
-        for name in ("old", "reference"):
-            policy.remember(name)
+        policy.remember("old")
+        policy.remember("reference", follows=False)
         encoder = Encoder(adapter, made.device)
         learner = Learner(
             engine=made, policy=policy, adapter=adapter, guidance=NoGuidance(), objective=NFT(), encoder=encoder
@@ -140,8 +140,11 @@ def test_what_an_engine_and_its_roles_keep_is_counted(
     assert near(plan.part("gradients").size or 0, gradients)
     states = [state for updater, *_ in engine._optimizers for state in updater.state.values()]  # type: ignore[attr-defined]
     assert near(plan.part("moments of adamw").size or 0, counted(t for state in states for t in state.values()))
-    (old, *_) = set_parts(sum(rehearsal.trained.values()), rehearsal.loaded, ["old"], [])
-    assert near(old.size or 0, counted(learner.policy.sets["old"].values()))
+    trained, kept = sum(rehearsal.trained.values()), {"old": True, "reference": False}
+    for part in set_parts(trained, rehearsal.loaded, kept, [], whole=learner.policy.whole)[:2]:
+        own = learner.policy.sets[part.name.removeprefix("weights of role ")].values()
+        assert near(part.size or 0, counted(own))
+        assert part.where == ("CPU" if options["lora_rank"] is None else "GPU")
     assert plan.part("masters in fp32").size == 0
 
 
@@ -214,7 +217,7 @@ def test_a_rollout_and_its_pictures_need_what_they_are_said_to(adapter_of: Calla
     adapter = adapter_of("qwen-image-21", lora_rank=4)
     rehearsal, run = rehearsal_of(adapter), real(adapter)
     guidance = RolloutOnly()
-    forward = rehearsal.rollout(Batch(points=N, prompts=P, limit=2 * N), guidance, Role.ROLLOUT, "old")
+    forward = rehearsal.rollout(Batch(points=N, prompts=P, limit=2 * N), guidance, Role.ROLLOUT)
     frozen = rehearsal.footprint.frozen["vae"]
     decoding = rehearsal.decode(N, torch.float32)
     sampler = Sampler(adapter=adapter, guidance=guidance, kernel=Ode(), steps=2, batch=2 * N)
@@ -328,4 +331,4 @@ def test_more_gpus_need_less_each_and_unknown_is_said_to_be_so(capsys: pytest.Ca
     check(plan, Console(width=180), 8)
     shown = capsys.readouterr().out
     assert "Memory of student" in shown and "each of 8 GPUs" in shown
-    assert "teacher t2i" in shown and "the teacher that is asked" in shown
+    assert "teacher t2i" in shown and "the weights that are worn" in shown

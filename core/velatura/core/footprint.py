@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective
 from velatura.core.encoding import Encoder
 from velatura.core.ghost import Ghost, Live
-from velatura.core.learner import SET_OF, Learner, Tally
+from velatura.core.learner import Learner, Tally
 from velatura.core.points import MicroBatch
 from velatura.core.policy import Policy
 from velatura.core.rollout import guided_velocity
@@ -82,44 +82,44 @@ class Rehearsal:
             kept = [self.footprint.cond(prompts), *([self.footprint.null(1)] if guided else [])]
             return live.now if kept else 0
 
-    def rollout(self, batch: Batch, guidance: GuidancePolicy[Any], role: Role, worn: str | None) -> int:
-        """Most bytes in a step of the sampler, the prompts' prepared parts included; `worn` are not the net's own
-        weights."""
+    def rollout(self, batch: Batch, guidance: GuidancePolicy[Any], role: Role) -> int:
+        """Most bytes in a forward without gradient under the guidance of `role`, the prompts' prepared parts included."""
 
         def run(live: Live) -> int:
-            policy, told = self._policy(worn), _Told(self.footprint)
-            cond, null = told.cond([self.prompt] * batch.prompts), None
+            told, null = _Told(self.footprint), None
+            cond = told.cond([self.prompt] * batch.prompts)
             rows, t = _rows(batch), torch.full((batch.points,), 0.5)
-            guided = bool((guidance.scale(role, t) != 1).any())
-            null = told.null([self.prompt] * batch.prompts) if guided else None
+            if bool((guidance.scale(role, t) != 1).any()):
+                null = told.null([self.prompt] * batch.prompts)
             began = live.begin()
-            with policy.wearing(worn) if worn else torch.no_grad() as worn_net:
-                net = worn_net or self.net
-                ready = self.adapter.prepare(net, cond)
-                blank = self.adapter.prepare(net, null) if null is not None else None
+            with torch.no_grad():
+                ready = self.adapter.prepare(self.net, cond)
+                blank = self.adapter.prepare(self.net, null) if null is not None else None
                 x = self.ghost.tensor(batch.points, *self.shape)
                 v, _ = guided_velocity(
-                    net, self.adapter, guidance, x, t, ready, blank, rows, role=role, limit=batch.limit
-                )  # fmt: skip
+                    self.net, self.adapter, guidance, x, t, ready, blank, rows, role=role, limit=batch.limit
+                )
                 x = x + 0.1 * v
             return began
 
         return self.ghost.most(run)
 
     def update(self, batch: Batch, guidance: GuidancePolicy[Any], objective: PolicyObjective[Any]) -> int:
-        """Most bytes in the forwards and the backward of one micro-batch; kept gradients are not counted."""
+        """Most bytes in the forward and the backward of one micro-batch, the velocities of other roles at hand; kept
+        gradients are not counted."""
 
         def run(live: Live) -> int:
-            told, names = _Told(self.footprint), {**SET_OF, Role.TEACHER: TEACHER}
-            policy = self._policy(*(names[role] for role in objective.roles() - {Role.CURRENT}))
+            told = _Told(self.footprint)
             learner = Learner(
-                engine=cast("Any", SimpleNamespace(module=self.net)), policy=policy, adapter=self.adapter,
+                engine=cast("Any", SimpleNamespace(module=self.net)), policy=Policy(self.net), adapter=self.adapter,
                 guidance=guidance, objective=objective, encoder=cast("Encoder", told),
             )  # fmt: skip
             told.cond([self.prompt] * batch.prompts)
             with _gradients_taken(self.net):
                 began = live.begin()
-                velocity = learner.velocities(self._micro_batch(batch), Tally())
+                frozen = {role: self.ghost.tensor(batch.points, *self.shape) for role in objective.roles()}
+                frozen.pop(Role.CURRENT)
+                velocity = learner.velocities(self._micro_batch(batch), Tally(), frozen)
                 current = velocity[Role.CURRENT]
                 others = [v for role, v in velocity.items() if role is not Role.CURRENT]
                 loss = sum(((current - other).square().mean() for other in others), current.square().mean())
@@ -143,15 +143,6 @@ class Rehearsal:
             began = live.begin()
             decode(x)
             return live.peak - began
-
-    def _policy(self, *sets: str | None) -> Policy:
-        """The network with weight sets that differ from its own."""
-        policy = Policy(self.net)
-        for name in sets:
-            if name is not None:
-                policy.remember(name)
-                policy.changed()
-        return policy
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         even, t = torch.zeros(batch.points), torch.full((batch.points,), 0.5)

@@ -6,7 +6,7 @@ Weights and what the optimiser keeps are counted; forwards and backwards are reh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,8 @@ FP32 = 4
 """Bytes of a number in fp32, which masters, gradients, moments and weight sets have."""
 BUCKET = 500_000_000
 """Numbers in a bucket of gradients that DeepSpeed's processes exchange, at most."""
-PHASES = ("encode", "rollout", "decode", "update", "step")
-"""Of a round: prompts, samples, pictures, forwards and backwards, the optimiser's step."""
+PHASES = ("encode", "rollout", "decode", "others", "update", "step")
+"""Of a round: prompts, samples, pictures, forwards of other roles, forwards and backwards, the optimiser's step."""
 GPU, CPU, USED = "GPU", "CPU", "GPU while used"
 
 
@@ -126,7 +126,7 @@ def engine_parts(net: nn.Module, weights: int, sharding: Sharding, optimizer: st
     return [
         Part(name="transformer weights", size=sharding.share(weights, 3)),
         Part(name="a block gathered from all GPUs, and the next", size=gathered, where=USED,
-             phases=("rollout", "update")),
+             phases=("rollout", "others", "update")),
         Part(name="masters in fp32", size=sharding.masters(trained)),
         Part(name=f"moments of {optimizer}", size=sharding.share(FP32 * (2 * trained - matrices), 1)),
         Part(name="gradients", size=sharding.gradients(trained), where=USED, phases=("update", "step")),
@@ -136,14 +136,18 @@ def engine_parts(net: nn.Module, weights: int, sharding: Sharding, optimizer: st
     ]  # fmt: skip
 
 
-def set_parts(trained: int, loaded: int, kept: Sequence[str], teachers: Sequence[str]) -> list[Part]:
-    """Weight sets of `trained` numbers in fp32: on the GPU the roles `kept` and the start of the run (`loaded` bytes),
-    on the CPU the teachers, of whom one at a time is brought over."""
-    parts = [Part(name=f"weights of role {name}", size=FP32 * trained) for name in kept]
-    parts.append(Part(name="weights at the start", size=loaded))
-    parts += [Part(name=f"teacher {name}", size=FP32 * trained, where=CPU) for name in teachers]
-    if teachers:
-        parts.append(Part(name="the teacher that is asked", size=FP32 * trained, where=USED, phases=("update",)))
+def set_parts(trained: int, loaded: int, kept: Mapping[str, bool], teachers: Sequence[str], *, whole: bool) -> list[Part]:
+    """Weight sets of `trained` numbers: `kept` ones that follow the policy (True) in fp32, and others, like teachers, of
+    `loaded` bytes in the network's precision. Teachers wait on the CPU, and all do where the network is trained as a
+    whole; one at a time is brought over."""
+    parts = [
+        Part(name=f"weights of role {name}", size=FP32 * trained if follows else loaded, where=CPU if whole else GPU)
+        for name, follows in kept.items()
+    ]
+    parts += [Part(name=f"teacher {name}", size=loaded, where=CPU) for name in teachers]
+    parts.append(Part(name="weights at the start", size=loaded, where=CPU))
+    if teachers or kept:
+        parts.append(Part(name="the weights that are worn", size=loaded, where=USED, phases=("rollout", "others")))
     return parts
 
 

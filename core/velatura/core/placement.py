@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from velatura.core.build import build
 from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective, TimestepSampler
 from velatura.core.footprint import Batch, Rehearsal
-from velatura.core.learner import SET_OF
+from velatura.core.learner import SET_OF, sets_for
 from velatura.core.memory import (
     CPU,
     FP32,
@@ -27,6 +27,7 @@ from velatura.core.memory import (
     micro_batch,
     set_parts,
 )
+from velatura.core.policy import Policy
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
 from velatura.core.routes import LOOK, Look
@@ -102,6 +103,7 @@ class _Stage:
         if self.stage.stage in TRAINING:
             parts.append(Part(name="forwards and backward of an update", size=self._update(), where=USED,
                               phases=("update",)))  # fmt: skip
+            parts.append(Part(name="forwards of other roles", size=self._others(), where=USED, phases=("others",)))
         parts.append(Part(name="encoded prompts", size=self._told()))
         return MemoryPlan.of(parts, self.place.sharding.world_size)
 
@@ -130,13 +132,18 @@ class _Stage:
         rehearsal, stage = self.rehearsal, self.stage
         if stage.stage not in TRAINING:
             return [Part(name="transformer weights", size=rehearsal.weights)]
-        kept: Mapping[str, tuple[str, ...]] = {"rl": ("old", "reference"), "supervised": ("ema",)}
         parts = engine_parts(rehearsal.net, rehearsal.weights, self.place.sharding, stage.optimizer.kind)
         trained = sum(rehearsal.trained.values())
-        return parts + set_parts(trained, rehearsal.loaded, kept.get(stage.stage, ()), list(self._teachers()))
+        teachers = list(getattr(stage, "teachers", {}))
+        return parts + set_parts(trained, rehearsal.loaded, self._kept(), teachers, whole=Policy(rehearsal.net).whole)
 
-    def _teachers(self) -> Sequence[str]:
-        return list(getattr(self.stage, "teachers", {}))
+    def _kept(self) -> Mapping[str, bool]:
+        """Weight sets beside the current one and the teachers, and whether they follow it."""
+        if self.stage.stage == "supervised":
+            return {"ema": True} if self.stage.ema else {}
+        if self.stage.stage == "distill":
+            return {}
+        return {name: name == SET_OF[Role.OLD] for name in sorted(sets_for(self._objective()))}
 
     def _frozen(self) -> list[Part]:
         """Encoders and autoencoder."""
@@ -153,11 +160,10 @@ class _Stage:
         stage, guided = self.stage, self._guided(self._role)
         drawn = chunk(self.prompts, self.group, stage.sampling.batch, guided=guided)
         shown = chunk(PROMPTS, SEEDS, stage.sampling.batch, guided=guided) if stage.stage in ("rl", "distill") else drawn
-        worn = SET_OF[self._objective().requires.rollout_role] if stage.stage == "rl" else None
         most = max(drawn, shown, key=lambda each: each.points)
-        pictures, forward = most.points, self._rollout(drawn, worn)
+        pictures, forward = most.points, self._rollout(drawn)
         if most is not drawn:
-            forward = max(forward, self._rollout(most, None))
+            forward = max(forward, self._rollout(most))
         size = FP32 * self.prompts * self.group * torch.Size(self.rehearsal.shape).numel()
         states = stage.sampling.steps + 1 if self._keeps_states() else 1
         key = f"decode {id(self.rehearsal)} {pictures}"
@@ -174,11 +180,10 @@ class _Stage:
             self.stage.stage == "rl" and self._objective().requires.points == "trajectory"
         )
 
-    def _rollout(self, drawn: Any, worn: str | None) -> int:
+    def _rollout(self, drawn: Any) -> int:
         batch = Batch(points=drawn.points, prompts=drawn.prompts, limit=self.stage.sampling.batch)
-        worn = None if worn == SET_OF[Role.CURRENT] else worn
-        key = f"rollout {id(self.rehearsal)} {batch} {_named(self.guidance)} {self._role} {worn}"
-        size: int = self.place.once(key, lambda: self.rehearsal.rollout(batch, self.guidance, self._role, worn))
+        key = f"rollout {id(self.rehearsal)} {batch} {_named(self.guidance)} {self._role}"
+        size: int = self.place.once(key, lambda: self.rehearsal.rollout(batch, self.guidance, self._role))
         return size
 
     def _objective(self) -> PolicyObjective[Any]:
@@ -187,17 +192,27 @@ class _Stage:
         return found
 
     def _update(self) -> int:
-        objective, stage = self._objective(), self.stage
-        if stage.stage == "supervised":
-            batch = Batch(points=stage.batch * stage.points, prompts=stage.batch, limit=2 * stage.batch * stage.points)
-        else:
-            timesteps: TimestepSampler[Any] = place_build(self.place, "timesteps", stage.timesteps)
-            points = len(timesteps.plan(self.adapter.times(stage.sampling.steps, self.prompt), generator(0)).train)
-            most = micro_batch(self.prompt, self.prompts, self.group, points, stage.micro_batch)
-            batch = Batch(points=most.points, prompts=most.prompts, limit=2 * most.points)
+        objective, batch = self._objective(), self._micro_batch()
         key = f"update {id(self.rehearsal)} {batch} {_named(self.guidance)} {_named(objective)}"
         size: int = self.place.once(key, lambda: self.rehearsal.update(batch, self.guidance, objective))
         return size
+
+    def _others(self) -> int:
+        """Of the roles without gradient, the one whose forwards need most."""
+        batch, sizes = self._micro_batch(), [0]
+        for role in self._objective().roles() - {Role.CURRENT}:
+            key = f"role {id(self.rehearsal)} {batch} {_named(self.guidance)} {role}"
+            sizes.append(self.place.once(key, partial(self.rehearsal.rollout, batch, self.guidance, role)))
+        return max(sizes)
+
+    def _micro_batch(self) -> Batch:
+        stage = self.stage
+        if stage.stage == "supervised":
+            return Batch(points=stage.batch * stage.points, prompts=stage.batch, limit=2 * stage.batch * stage.points)
+        timesteps: TimestepSampler[Any] = place_build(self.place, "timesteps", stage.timesteps)
+        points = len(timesteps.plan(self.adapter.times(stage.sampling.steps, self.prompt), generator(0)).train)
+        most = micro_batch(self.prompt, self.prompts, self.group, points, stage.micro_batch)
+        return Batch(points=most.points, prompts=most.prompts, limit=2 * most.points)
 
     def _told(self) -> int:
         routes = self.routes if self.stage.stage == "distill" else 1
