@@ -30,6 +30,7 @@ from velatura.plugins.adapters.conditioning_cache import ConditioningCache, row_
 from velatura.plugins.adapters.lora import ATTENTION, add_lora
 from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
 from velatura.plugins.adapters.pipeline_export import write_pipeline
+from velatura.plugins.adapters.running import compile_blocks, set_attention
 from velatura.plugins.adapters.sizes import Buckets, Size, buckets_of, drawable, nearest, sides, stretched
 
 TRIED_BYTES = 256 * 2**20
@@ -54,7 +55,9 @@ class DiffusersOptions(Options):
     seed: int = Field(0, ge=0, description="Draws the fresh half of the LoRA weights.")
     negative_prompt: str = Field("", description="The text of the unconditional branch.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory.")
-    attention: str | None = Field(None, description="diffusers' attention back-end, such as `flash` or `native`.")
+    attention: str | None = Field(
+        None, description="diffusers' attention back-end, such as `flash` or `native`: tried first."
+    )
     compile: bool = Field(False, description="torch.compile the blocks: faster after minutes of compilation.")
     cache: bool = Field(True, description="Keep encoded prompts on disk, for every later run.")
 
@@ -122,21 +125,21 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         options = self.options
         check_precision(device, "bf16" if self.dtype is torch.bfloat16 else "fp32")
         self.size_of(None)  # refused now, not after minutes of loading
-        stock: Any = self._equipped(self.folder.transformer(self.dtype))
+        net = self._equipped(self.folder.transformer(self.dtype)).to(device)
         if options.attention is not None:
-            stock.set_attention_backend(options.attention)
+            set_attention(net, options.attention, device, self.dtype)
         if options.compile:
-            stock.compile_repeated_blocks()
-        return cast("nn.Module", stock.to(device))
+            compile_blocks(net)
+        return net
 
     def _equipped(self, net: nn.Module) -> nn.Module:
         """With what is trained, and gradient checkpointing where it is asked for."""
-        options, stock = self.options, cast("Any", net)
+        options = self.options
         if options.lora_rank is not None:
             alpha = options.lora_alpha or options.lora_rank
             add_lora(net, options.lora_rank, alpha, seed=options.seed, targets=options.lora_targets)
         if options.gradient_checkpointing:
-            stock.enable_gradient_checkpointing()
+            cast("Any", net).enable_gradient_checkpointing()
         return net
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
