@@ -1,4 +1,4 @@
-"""The judge in this process, on tiny random models of two stock families."""
+"""The judge in this process, on tiny random models of three stock families."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from velatura.api import Context, Prompt, Sample, Status, VelaturaError
-from velatura.plugins.adapters.processors import image_only
 from velatura.rewards.judge.local import LocalJudge
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pictures import to_picture
@@ -61,19 +60,18 @@ def by_hand(folder: Path, family: str, judge: VlmJudge, sample: Sample) -> tuple
     from transformers import AutoModelForImageTextToText
 
     net = AutoModelForImageTextToText.from_pretrained(folder).train(False)
-    processor = image_only(tiny_models.FAMILIES[family][1]).from_pretrained(folder)
+    processor = tiny_models.FAMILIES[family].opener().from_pretrained(folder)
     parts = judge.rubric.question(sample, judge.options.reasoning_tokens)
     images = [to_picture(part, None) for part in parts if not isinstance(part, str)]
-    text = "<|im_start|>user\n"
-    for part in parts:
-        text += part if isinstance(part, str) else "<|vision_start|><|image_pad|><|vision_end|>"
+    place = "<image>" if family == "idefics3" else "<|vision_start|><|image_pad|><|vision_end|>"
+    text = "<|im_start|>user\n" + "".join(part if isinstance(part, str) else place for part in parts)
     text += "<|im_end|>\n<|im_start|>assistant\n"
     if judge.options.reasoning_tokens:
-        inputs = processor(text=[text], images=images, return_tensors="pt")
+        inputs = processor(text=[text], images=[images], return_tensors="pt")
         made = net.generate(**inputs, max_new_tokens=judge.options.reasoning_tokens, do_sample=False)
         said = processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         text += said.rstrip("\n *#")
-    inputs = processor(text=[text + "\nScore: ["], images=images, return_tensors="pt")
+    inputs = processor(text=[text + "\nScore: ["], images=[images], return_tensors="pt")
     with torch.no_grad():
         logits = net(**inputs).logits[0, -1].double()
     ids = processor.tokenizer.convert_tokens_to_ids(["1", "2", "3", "4", "5"])
@@ -120,7 +118,7 @@ def test_batches_of_any_size_give_the_same_scores(local: Make) -> None:
 
 
 def test_little_mass_is_a_failure(local: Make) -> None:
-    """A random model gives five of 263 tokens next to nothing."""
+    """A random model gives five of some 260 tokens next to nothing."""
     scores = local(min_mass=0.9).score(samples())
     assert scores.status == (Status.FAILED,) * 3
     assert "less than min_mass 0.9" in scores.reasons[0]

@@ -307,6 +307,11 @@ def test_a_model_may_answer_under_another_name_that_is_given(serve: Make, judge:
     assert judge(server, model="alias", served_as=serving.MODEL).score(pictures([0.5])).status == (Status.OK,)
 
 
+def test_a_revision_behind_the_name_is_no_other_model(serve: Make, judge: Make, pictures: Make) -> None:
+    answer = completion(["[", "4", "]", " Score: [", "4", "]"], GOOD, model=f"{serving.MODEL}@main")
+    assert judge(serve(always(answer))).score(pictures([0.5])).status == (Status.OK,)
+
+
 def test_fields_may_be_added_to_a_request_or_taken_out(serve: Make, judge: Make, pictures: Make) -> None:
     server = serve()
     extra = {"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": None, "max_completion_tokens": 99}

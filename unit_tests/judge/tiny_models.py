@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters" / "families"))
 
-from parts import qwen_tokenizer
+from parts import byte_alphabet, qwen_tokenizer
 from qwen_image import text_encoder as qwen25
 
 from velatura.plugins.adapters.processors import image_only
@@ -42,25 +44,95 @@ def qwen3(tokenizer: Any) -> Any:
     ))  # fmt: skip
 
 
-FAMILIES = {"qwen3-vl": (qwen3, "Qwen3VLProcessor", 16), "qwen2.5-vl": (qwen25, "Qwen2_5_VLProcessor", 14)}
+def qwen_processor(name: str, patch: int, tokenizer: Any) -> Any:
+    from transformers import Qwen2VLImageProcessorPil
+
+    side = 2 * patch
+    pictures = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, min_pixels=side**2, max_pixels=(8 * side) ** 2)
+    return image_only(name)(pictures, tokenizer, chat_template=TEMPLATE)
+
+
+def idefics_tokenizer() -> Any:
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>",
+               "<end_of_utterance>"]  # fmt: skip
+    vocabulary = {text: number for number, text in enumerate([*byte_alphabet(), *special])}
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], additional_special_tokens=special[1:], pad_token="<|endoftext|>",
+        unk_token=None, eos_token="<|im_end|>",
+    )  # fmt: skip
+
+
+def idefics3(tokenizer: Any) -> Any:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return Idefics3ForConditionalGeneration(Idefics3Config(
+        text_config={
+            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "max_position_embeddings": 8192, "bos_token_id": tokenizer.pad_token_id, **ends,
+        },
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 8,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+
+
+def idefics_processor(tokenizer: Any) -> Any:
+    from transformers import Idefics3ImageProcessorPil, Idefics3Processor
+
+    edge = {"longest_edge": 32}
+    pictures = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    template = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    return Idefics3Processor(pictures, tokenizer, image_seq_len=4, chat_template=template)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make a model, its processor, and to open the processor again as its users do."""
+
+    model: Callable[[Any], Any]
+    tokenizer: Callable[[], Any]
+    processor: Callable[[Any], Any]
+    opener: Callable[[], Any]
+    """The class that opens the saved processor."""
+
+
+def idefics_class() -> Any:
+    from transformers import Idefics3Processor
+
+    return Idefics3Processor
+
+
+FAMILIES = {
+    "qwen3-vl": Family(
+        qwen3, qwen_tokenizer, partial(qwen_processor, "Qwen3VLProcessor", 16), partial(image_only, "Qwen3VLProcessor")
+    ),
+    "qwen2.5-vl": Family(
+        qwen25, qwen_tokenizer, partial(qwen_processor, "Qwen2_5_VLProcessor", 14),
+        partial(image_only, "Qwen2_5_VLProcessor"),
+    ),
+    "idefics3": Family(idefics3, idefics_tokenizer, idefics_processor, idefics_class),
+}  # fmt: skip
 
 
 def save_model(folder: Path, family: str) -> Path:
     """A model folder of a family; weights large enough that pictures and texts change its mind."""
-    from transformers import Qwen2VLImageProcessor
-
-    make, processor_class, patch = FAMILIES[family]
+    made = FAMILIES[family]
     torch.manual_seed(3)
-    tokenizer = qwen_tokenizer()
-    net = make(tokenizer)
+    tokenizer = made.tokenizer()
+    net = made.model(tokenizer)
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if weight.ndim > 1:
                 weight.mul_(12 if "embed" in name or "lm_head" in name else 10)
     net.save_pretrained(folder)
-    side = 2 * patch
-    pictures = Qwen2VLImageProcessor(patch_size=patch, merge_size=2, min_pixels=side**2, max_pixels=(8 * side) ** 2)
-    image_only(processor_class)(pictures, tokenizer, chat_template=TEMPLATE).save_pretrained(folder)
+    made.processor(tokenizer).save_pretrained(folder)
     config = folder / "processor_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"processor_class": processor_class}))
+    config.write_text(config.read_text().replace('"ImageOnly', '"'))
     return folder

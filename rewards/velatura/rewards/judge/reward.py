@@ -69,12 +69,14 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[B] in [lowest, highest level], with what the judge wrote as notes."""
         verdicts = self._backend.verdicts(samples)
-        self._look_at_mass([v.mass for v in verdicts if v.mass is not None])
+        masses = [v.mass for v in verdicts if v.mass is not None]
+        if masses:
+            self._look_at_mass(masses)
         return as_scores(verdicts)
 
     def _look_at_mass(self, masses: Sequence[float]) -> None:
         """Say once that scores are valid but odd."""
-        mean = sum(masses) / len(masses) if masses else 1.0
+        mean = sum(masses) / len(masses)
         logger.debug("judge '{}': mean probability of the levels {:.4f}", self.rubric.name, mean)
         if mean < USUAL_MASS and not self._warned:
             self._warned = True

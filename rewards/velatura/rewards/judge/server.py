@@ -118,7 +118,7 @@ class ServerJudge:
         except (httpx2.HTTPError, ValueError, KeyError, TypeError):
             return " Compare `server`, `model` and `api_key_env` with what the server says; `server` often ends in /v1."
         model = self.options.model
-        return "" if model in known else f" The server lists no {model!r}.{suggest(model, known)}"
+        return "" if model in known or not known else f" The server lists no {model!r}.{suggest(model, known)}"
 
     async def _verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
         async with self._client() as client:
@@ -272,7 +272,7 @@ class ServerJudge:
     def _from_the_right_model(self, reply: Reply) -> Reply:
         """The reply, if the model that was asked gave it."""
         wanted = self.options.served_as or self.options.model
-        if reply.model != wanted:
+        if reply.model != wanted and reply.model.partition("@")[0] != wanted:  # `transformers serve` adds @revision
             raise Unanswered(
                 f"{self.options.server} answered for model {reply.model!r}, not for {wanted!r} (if they are the "
                 f"same, set `served_as`)",
