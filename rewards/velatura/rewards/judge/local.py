@@ -14,10 +14,10 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor
 
-from velatura.api import Context, Sample, VelaturaError
+from velatura.api import Context, VelaturaError
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pictures import to_picture
-from velatura.rewards.judge.rubric import Part, Rubric
+from velatura.rewards.judge.rubric import Question, Rubric
 from velatura.rewards.judge.scoring import MARKER, NOT_APPLICABLE, SCORE, Verdict, expected, failed
 
 FORCED = f"\n{MARKER}"
@@ -103,28 +103,27 @@ class LocalJudge:
         self.model = shared_model(str(folder) if folder.is_dir() else options.model, options.dtype, device)
         self.labels = labels_of(self.model.tokenizer, rubric)
 
-    def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """One verdict per sample, in their order."""
-        found: list[Verdict | None] = [None] * len(samples)
-        questions: list[tuple[int, str, list[Image.Image]]] = []
-        for i, sample in enumerate(samples):
+    def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        """One verdict per question, in their order."""
+        found: list[Verdict | None] = [None] * len(questions)
+        asked: list[tuple[int, str, list[Image.Image]]] = []
+        for i, question in enumerate(questions):
             try:
-                text, pictures = self._question(self.rubric.question(sample, self.options.reasoning_tokens))
-                questions.append((i, text, pictures))
+                asked.append((i, *self._in_chat_format(question)))
             except ValueError as error:
                 found[i] = failed(str(error))
         size = self.options.batch_size
-        for start in range(0, len(questions), size):
-            part = questions[start : start + size]
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
             verdicts = self._judged([text for _, text, _ in part], [pictures for _, _, pictures in part])
             for (i, _, _), verdict in zip(part, verdicts, strict=True):
                 found[i] = verdict
         return [verdict for verdict in found if verdict is not None]
 
-    def _question(self, parts: Sequence[Part]) -> tuple[str, list[Image.Image]]:
-        """The question in the model's chat format, and the pictures in it."""
-        pictures = [to_picture(part, self.options.max_pixels) for part in parts if isinstance(part, Tensor)]
-        content = [{"type": "text", "text": _plain(p)} if isinstance(p, str) else {"type": "image"} for p in parts]
+    def _in_chat_format(self, question: Question) -> tuple[str, list[Image.Image]]:
+        """The question as the model reads it, and the pictures in it."""
+        pictures = [to_picture(part, self.options.max_pixels) for part in question if isinstance(part, Tensor)]
+        content = [{"type": "text", "text": _plain(p)} if isinstance(p, str) else {"type": "image"} for p in question]
         chat = [{"role": "user", "content": content}]
         text = self.model.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return str(text), pictures

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
 
 from loguru import logger
 
 from velatura.api import Context, Prompt, RewardModel, Sample, Scores
+from velatura.rewards.judge.backend import Backend, grey_sample, opened, rubric_of
 from velatura.rewards.judge.options import VlmJudgeOptions
-from velatura.rewards.judge.rubric import Rubric, is_file_name, load_rubric, shipped_rubric
-from velatura.rewards.judge.scoring import Verdict, as_scores
+from velatura.rewards.judge.rubric import Rubric
+from velatura.rewards.judge.scoring import as_scores
 
 USUAL_MASS = 0.9
 """Judges that understood the form of the answer give the levels more probability than this."""
-
-
-class Backend(Protocol):
-    """Where the model runs."""
-
-    def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """One verdict per sample, in their order."""
-        ...
 
 
 class VlmJudge(RewardModel[VlmJudgeOptions]):
@@ -42,25 +34,14 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
 
     def setup(self, context: Context) -> None:
         """Read the rubric; load the model, or ask the server a first question."""
-        rubric = self.options.rubric
-        if is_file_name(rubric):
-            self.rubric = load_rubric(context.resolve(rubric))
-        logger.info("judge '{}', version {} ({})", self.rubric.name, self.rubric.version, self.rubric.digest)
-        if self.options.server is None:
-            from velatura.rewards.judge.local import LocalJudge
-
-            self._backend = LocalJudge(self.options, self.rubric, context)
-        else:
-            from velatura.rewards.judge.server import ServerJudge
-
-            judge = ServerJudge(self.options, self.rubric)
-            judge.check()
-            self._backend = judge
+        self.rubric = rubric_of(self.options, context)
+        first = self.rubric.question(grey_sample(self.rubric), self.options.reasoning_tokens)
+        self._backend = opened(self.options, self.rubric, context, first)
 
     @cached_property
     def rubric(self) -> Rubric:
         """What the judge goes by; one of the user's own is read by `setup`."""
-        return load_rubric(shipped_rubric(self.options.rubric))
+        return rubric_of(self.options)
 
     def applies(self, prompt: Prompt) -> bool:
         """Edits for rubrics of edits, other prompts for the others."""
@@ -68,7 +49,8 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[B] in [lowest, highest level], with what the judge wrote as notes."""
-        verdicts = self._backend.verdicts(samples)
+        tokens = self.options.reasoning_tokens
+        verdicts = self._backend.verdicts([self.rubric.question(sample, tokens) for sample in samples])
         masses = [v.mass for v in verdicts if v.mass is not None]
         if masses:
             self._look_at_mass(masses)

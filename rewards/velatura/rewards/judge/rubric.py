@@ -21,6 +21,20 @@ WORDS_PER_TOKEN = 0.6
 
 Part = str | Tensor
 """A piece of a question: text, or a picture `3 H W`."""
+Question = Sequence[Part]
+"""What a judge is shown, in this order."""
+PAIR_LEVELS = {
+    1: "Picture A is clearly better.",
+    2: "Picture A is a little better.",
+    3: "Neither picture is better.",
+    4: "Picture B is a little better.",
+    5: "Picture B is clearly better.",
+}
+"""Of a comparison; the middle is a tie."""
+PAIR = (
+    "You are shown two pictures, A and B, that were made for the same request. Compare them with each other by what "
+    "follows. Which of them is called A says nothing."
+)
 
 
 class Rubric(BaseModel):
@@ -59,6 +73,10 @@ class Rubric(BaseModel):
         """Whether pictures for `prompt` are what this rubric is for."""
         return self.task == "any" or (self.task == "edit") == bool(prompt.sources)
 
+    def for_pairs(self) -> Rubric:
+        """The same criteria with the levels of a comparison."""
+        return self.model_copy(update={"levels": PAIR_LEVELS, "role": f"{self.role.strip()}\n\n{PAIR}"})
+
     def instructions(self, reasoning_tokens: int) -> str:
         """The part of the question that is the same for every picture."""
         levels = [f"{level}: {meaning}" for level, meaning in self.levels.items()]
@@ -75,16 +93,26 @@ class Rubric(BaseModel):
         ]
         return "\n\n".join(block for block in blocks if block)
 
-    def question(self, sample: Sample, reasoning_tokens: int) -> list[Part]:
+    def question(self, sample: Sample, reasoning_tokens: int) -> Question:
         """What the judge is shown: what never changes first, then what a group shares, then the picture."""
-        prompt = sample.prompt
+        shown = "Edited picture" if sample.prompt.sources else "Picture"
+        return self._about(sample.prompt, [(shown, sample.image)], reasoning_tokens)
+
+    def comparison(self, a: Sample, b: Sample, reasoning_tokens: int) -> Question:
+        """The same with two pictures for one prompt, for a rubric made by `for_pairs`."""
+        return self._about(a.prompt, [("Picture A", a.image), ("Picture B", b.image)], reasoning_tokens)
+
+    def _about(self, prompt: Prompt, pictures: Sequence[tuple[str, Tensor]], reasoning_tokens: int) -> list[Part]:
         parts: list[Part] = [self.instructions(reasoning_tokens)]
         for number, source in enumerate(prompt.sources, start=1):
             label = "Source picture" if len(prompt.sources) == 1 else f"Source picture {number}"
             parts += [f"{label}, before the edit:", source]
         asked = "Instruction" if prompt.sources else "Prompt"
-        shown = "Edited picture" if prompt.sources else "Picture"
-        return [*parts, f"{asked}:\n<<<\n{prompt.text}\n>>>\n\n{shown}:", sample.image, self.reminder(reasoning_tokens)]
+        text = f"{asked}:\n<<<\n{prompt.text}\n>>>\n\n"
+        for label, picture in pictures:
+            parts += [f"{text}{label}:", picture]
+            text = ""
+        return [*parts, self.reminder(reasoning_tokens)]
 
     def reminder(self, reasoning_tokens: int) -> str:
         """The end of the question."""

@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-import torch
 from loguru import logger
 from torch import Tensor
 
-from velatura.api import Prompt, Sample, VelaturaError
+from velatura.api import VelaturaError
 from velatura.core.errors import suggest
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pictures import data_url, to_picture
 from velatura.rewards.judge.replies import LabelsError, Malformed, Reply, parsed, reading, stated
-from velatura.rewards.judge.rubric import Part, Rubric
+from velatura.rewards.judge.rubric import Question, Rubric
 from velatura.rewards.judge.scoring import Verdict, failed, mean_of
 
 if TYPE_CHECKING:
@@ -76,27 +75,24 @@ class ServerJudge:
     _jitter: random.Random = field(default_factory=random.Random)
     """Seeded by the system: its draws only spread repetitions over time."""
 
-    def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """One verdict per sample, in their order."""
-        return _run(self._verdicts(samples))
+    def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        """One verdict per question, in their order."""
+        return _run(self._verdicts(questions))
 
-    def check(self) -> None:
-        """Ask about one grey picture, so that what cannot work is said before the first real one.
+    def check(self, question: Question) -> None:
+        """Ask a first question, so that what cannot work is said before the first picture of the run.
 
         Raises:
             VelaturaError: nobody answers, or the server wants another key, name or request.
         """
-        _run(self._check())
+        _run(self._check(question))
 
-    async def _check(self) -> None:
-        grey = torch.linspace(0.25, 0.75, 64).expand(3, 64, 64)
-        sources = (grey,) if self.rubric.task == "edit" else ()
-        prompt = Prompt(id="check", text="a grey gradient", task="t2i", sources=sources)
+    async def _check(self, question: Question) -> None:
         async with self._client() as client:
             batch = Batch(client, asyncio.Semaphore(1))
             try:
                 async with asyncio.timeout(self.options.deadline):
-                    await self._verdict(batch, Sample(prompt=prompt, image=grey, seed=0))
+                    await self._verdict(batch, question)
             except Unanswered as error:
                 if error.passing and not error.dead:
                     logger.warning("judge '{}' did not answer its first question: {}", self.rubric.name, error)
@@ -120,17 +116,17 @@ class ServerJudge:
         model = self.options.model
         return "" if model in known or not known else f" The server lists no {model!r}.{suggest(model, known)}"
 
-    async def _verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
+    async def _verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
         async with self._client() as client:
             batch = Batch(client, asyncio.Semaphore(self.options.concurrency))
-            return await asyncio.gather(*(self._in_time(batch, sample) for sample in samples))
+            return await asyncio.gather(*(self._in_time(batch, question) for question in questions))
 
-    async def _in_time(self, batch: Batch, sample: Sample) -> Verdict:
-        """A verdict on one picture, whatever happens; its time begins when it is its turn."""
+    async def _in_time(self, batch: Batch, question: Question) -> Verdict:
+        """A verdict on one question, whatever happens; its time begins when it is its turn."""
         async with batch.slots:
             try:
                 async with asyncio.timeout(self.options.deadline):
-                    return await self._verdict(batch, sample)
+                    return await self._verdict(batch, question)
             except TimeoutError:
                 return failed(f"no score within the deadline of {self.options.deadline:g} s")
             except Unanswered as error:
@@ -138,9 +134,8 @@ class ServerJudge:
             except (ValueError, LabelsError) as error:
                 return failed(str(error))
 
-    async def _verdict(self, batch: Batch, sample: Sample) -> Verdict:
-        parts = self.rubric.question(sample, self.options.reasoning_tokens)
-        messages = [{"role": "user", "content": await asyncio.to_thread(self._content, parts)}]
+    async def _verdict(self, batch: Batch, question: Question) -> Verdict:
+        messages = [{"role": "user", "content": await asyncio.to_thread(self._content, question)}]
         if self._averages:
             return await self._averaged(batch, messages)
         tokens = self.options.reasoning_tokens + LAST_LINE_TOKENS
@@ -200,10 +195,10 @@ class ServerJudge:
                 self.rubric.name, self.options.server, why, self.options.samples,
             )  # fmt: skip
 
-    def _content(self, parts: Sequence[Part]) -> list[Message]:
+    def _content(self, question: Question) -> list[Message]:
         """The question as the parts of a message, pictures as lossless PNG."""
         made: list[Message] = []
-        for part in parts:
+        for part in question:
             if isinstance(part, Tensor):
                 url = data_url(to_picture(part, self.options.max_pixels))
                 made.append({"type": "image_url", "image_url": {"url": url}})

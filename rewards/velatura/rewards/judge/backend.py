@@ -1,0 +1,58 @@
+"""Where a judge's model runs: in this process, or behind a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from loguru import logger
+
+from velatura.api import Context, Prompt, Sample
+from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.rewards.judge.rubric import Question, Rubric, is_file_name, load_rubric, shipped_rubric
+from velatura.rewards.judge.scoring import Verdict
+
+
+class Backend(Protocol):
+    """Answers questions."""
+
+    def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
+        """One verdict per question, in their order."""
+        ...
+
+
+def rubric_of(options: VlmJudgeOptions, context: Context | None = None) -> Rubric:
+    """The rubric that the options name; one of the user's own needs a context to be found.
+
+    Raises:
+        VelaturaError: it is missing or broken.
+    """
+    if context is not None and is_file_name(options.rubric):
+        return load_rubric(context.resolve(options.rubric))
+    return load_rubric(shipped_rubric(options.rubric))
+
+
+def opened(options: VlmJudgeOptions, rubric: Rubric, context: Context, first: Question) -> Backend:
+    """The model, loaded, or the server, asked a first question.
+
+    Raises:
+        VelaturaError: it does not open or does not answer.
+    """
+    logger.info("judge '{}', version {} ({})", rubric.name, rubric.version, rubric.digest)
+    if options.server is None:
+        from velatura.rewards.judge.local import LocalJudge
+
+        return LocalJudge(options, rubric, context)
+    from velatura.rewards.judge.server import ServerJudge
+
+    judge = ServerJudge(options, rubric)
+    judge.check(first)
+    return judge
+
+
+def grey_sample(rubric: Rubric) -> Sample:
+    """Something to ask a first question about."""
+    grey = torch.linspace(0.25, 0.75, 64).expand(3, 64, 64)
+    sources = (grey,) if rubric.task == "edit" else ()
+    return Sample(prompt=Prompt(id="check", text="a grey gradient", task="t2i", sources=sources), image=grey, seed=0)
