@@ -9,6 +9,8 @@ from velatura.core.hookspecs import hookimpl
 def velatura_reward() -> Sequence[str]:
     """What is good."""
     return [
+        "clip-score = velatura.rewards.image_text:ClipScore",
+        "pickscore = velatura.rewards.image_text:PickScore",
         "tinyworld-aesthetics = velatura.rewards.tinyworld:Aesthetics",
         "tinyworld-alignment = velatura.rewards.tinyworld:Alignment",
         "tinyworld-identity = velatura.rewards.tinyworld:IdentityReward",
@@ -31,3 +33,9 @@ def velatura_advantage() -> Sequence[str]:
 def velatura_prompt_filter() -> Sequence[str]:
     """Which prompts are worth learning from."""
     return ["range = velatura.rewards.filters:Range"]
+
+
+@hookimpl
+def velatura_evaluator() -> Sequence[str]:
+    """Metrics that are never trained on."""
+    return ["clip-score = velatura.rewards.image_text:ClipMetric"]
