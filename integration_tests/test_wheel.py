@@ -95,6 +95,12 @@ def test_the_base_checkpoint_ships(wheel: Path) -> None:
     assert len(shipped) > 1_000_000
 
 
+def test_recipes_ship_with_their_prompts_and_pictures(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        shipped = {name.removeprefix("velatura/") for name in files.namelist() if name.startswith("velatura/recipes/")}
+    assert shipped == {str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*") if p.is_file()}
+
+
 def test_every_component_is_found(installed: Path, outside: dict[str, str], tmp_path: Path) -> None:
     text = run(installed / "bin" / "velatura", "plugins", "list", cwd=tmp_path, environment=outside)
     names = ("tinyworld", "nft", "awm", "rollout-only", "high-noise", "velocity-match", "group-z", "tinyworld-gold")
