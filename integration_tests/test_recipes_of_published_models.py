@@ -19,8 +19,14 @@ ROOT = Path(__file__).parent.parent
 for folder in ("adapters/families", "rewards", "judge"):
     sys.path.insert(0, str(ROOT / "unit_tests" / folder))
 
-FAMILIES = {"qwen-image-21": ("qwen_image_21", 64), "sd35-medium": ("sd3", 32), "flux1-dev": ("flux", 32)}
-"""Recipe -> module that builds its family, and how wide pictures are."""
+SIDE = 32
+"""Of pictures, in pixels."""
+FAMILIES = {
+    "qwen-image-21": ("qwen_image_21", {}),
+    "sd35-medium": ("sd3", {"max_sequence_length": 16}),
+    "flux1-dev": ("flux", {"text_tokens": 16}),
+}
+"""Recipe -> module that builds its family, and what makes its prompts short."""
 PIPELINES = {"sd35-medium": "StableDiffusion3Pipeline", "flux1-dev": "FluxPipeline"}
 """Those that stock diffusers opens without torchvision."""
 SMALL: dict[str, dict[str, Any]] = {
@@ -55,15 +61,17 @@ def judge() -> Iterator[str]:
         yield server.address
 
 
+def tiny(name: str, models: Path) -> list[str]:
+    """The tiny model in place of the published one."""
+    options = {"path": models / name, "height": SIDE, "width": SIDE, "lora_rank": 2, "lora_alpha": 4}
+    return [f"adapter.with.{key}={value}" for key, value in {**options, **FAMILIES[name][1]}.items()]
+
+
 def overrides(name: str, models: Path, judge: str | None) -> list[str]:
     """What is said on the command line: where tiny models are, and that everything is small."""
-    side = FAMILIES[name][1]
-    path = ROOT / "recipes" / f"{name}.yaml"
-    said = ["engine.device=cpu", "engine.threads=1", "engine.precision=fp32", "sampling.batch=32", "optimizer.lr=1e-2"]
-    said += [f"adapter.with.{key}={value}" for key, value in (
-        ("path", models / name), ("height", side), ("width", side), ("lora_rank", 2), ("lora_alpha", 4),
-    )]  # fmt: skip
-    for stage, config in load_recipe(path).stages.items():
+    said = ["engine.device=cpu", "engine.threads=1", "engine.precision=fp32", "sampling.batch=32"]
+    said += tiny(name, models)
+    for stage, config in load_recipe(ROOT / "recipes" / f"{name}.yaml").stages.items():
         said += [f"stages.{stage}.{key}={value}" for key, value in SMALL[config.stage].items()]
         if config.stage in ("rl", "distill"):
             said.append(f"stages.{stage}.optimizer.lr=1e-2")
@@ -126,11 +134,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_check_says_what_each_would_do(
     name: str, models: Path, judge: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    side = FAMILIES[name][1]
-    small = [
-        f"adapter.with.{key}={value}" for key, value in (("path", models / name), ("height", side), ("width", side))
-    ]
-    assert main(["check", name, *small]) == 0
+    assert main(["check", name, *tiny(name, models)]) == 0
     said = capsys.readouterr().out
     assert all(stage in said for stage in load_recipe(ROOT / "recipes" / f"{name}.yaml").stages)
     assert "warning" not in said

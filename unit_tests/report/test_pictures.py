@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from velatura.core.pictures import GAP, PAPER, grid, png_bytes, save_png, to_pixels
+from velatura.core.pictures import GAP, PAPER, grid, overview, png_bytes, save_png, to_pixels
 
 
 def test_every_pixel_becomes_a_square_without_blur():
@@ -65,3 +65,19 @@ def test_a_png_is_written_whole_and_leaves_nothing_else(tmp_path: Path):
     assert list(target.parent.iterdir()) == [target]
     assert target.read_bytes() == png_bytes(image)
     assert Image.open(io.BytesIO(target.read_bytes())).size == image.size
+
+
+def test_an_overview_of_large_pictures_stays_small_enough_to_be_opened(tmp_path):
+    large, small = torch.rand(3, 1024, 768), torch.rand(3, 24, 24)
+    drawn = overview([[large, small]] * 6)
+    assert drawn.height == GAP + 6 * (256 + GAP)
+    assert drawn.width == GAP + 2 * (192 + GAP)
+    save_png(tmp_path / "overview.png", drawn)
+    with Image.open(tmp_path / "overview.png") as read:
+        assert read.size == drawn.size
+
+
+def test_an_overview_enlarges_tiny_pictures_three_times_and_leaves_others_as_they_are():
+    tiny, middle = torch.rand(3, 24, 24), torch.rand(3, 128, 128)
+    assert np.array_equal(np.asarray(overview([[tiny]])), np.asarray(grid([[tiny]], scale=3)))
+    assert np.array_equal(np.asarray(overview([[middle]])), np.asarray(grid([[middle]], scale=1)))

@@ -26,6 +26,9 @@ GAP = 4
 TEXT = 12
 """Height of the letters of a label."""
 
+LARGEST, ENLARGED = 256, 3
+"""Pixels of the longer side of a picture in an overview, and how many times tiny ones are enlarged."""
+
 Picture = NDArray[np.uint8]
 
 
@@ -80,6 +83,20 @@ def grid(
     for c, label in enumerate(column_labels[:columns]):
         draw.text((left + c * (width + GAP), GAP), _fitting(label, width, font), fill=INK, font=font)
     return canvas
+
+
+def overview(rows: Sequence[Sequence[Tensor | NDArray[np.generic]]]) -> Image.Image:
+    """A grid of pictures of any size: tiny ones enlarged, large ones shrunk to `LARGEST`: it can be looked at."""
+    return grid([[_fitted(to_pixels(image)).transpose(2, 0, 1) for image in row] for row in rows], scale=1)
+
+
+def _fitted(pixels: Picture) -> Picture:
+    longest = max(pixels.shape[:2])
+    if longest * ENLARGED <= LARGEST:
+        return enlarge(pixels, ENLARGED)
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
 
 
 def png_bytes(image: Image.Image | Picture) -> bytes:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from velatura.core.checkpoint import write_json_atomic
 from velatura.core.judge import Judge
-from velatura.core.pictures import grid, save_png
+from velatura.core.pictures import overview, save_png
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive
@@ -178,6 +178,6 @@ def draw_examples(
             for chunk in rollout(net, sampler, own, group_seeds(stage, own)):
                 for sample in chunk.samples:
                     rows[sample.group].append(sample.image)
-        save_png(folder / f"{name}.png", grid(rows, scale=3))
+        save_png(folder / f"{name}.png", overview(rows))
         captions[f"{name}.png"] = f"{name}: " + " · ".join(f"{prompts[i].text} ({admission.reason[i]})" for i in chosen)
     write_json_atomic(folder / "captions.json", captions)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from velatura.core.checkpoint import write_json_atomic
-from velatura.core.pictures import grid, save_png
+from velatura.core.pictures import overview, save_png
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive
@@ -40,7 +40,7 @@ class Showcase:
                     rows[sample.group].append(sample.image)
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{self.label}step-{step:06d}.png"
-        save_png(self.folder / name, grid(rows, scale=3))
+        save_png(self.folder / name, overview(rows))
         path = self.folder / "captions.json"
         captions = json.loads(path.read_text()) if path.exists() else {}
         captions[name] = f"after {step} steps: " + " · ".join(p.text for p in self.prompts)
