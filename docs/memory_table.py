@@ -1,4 +1,4 @@
-"""Prints the table of docs/models.md: what a GPU needs to train each family. Run: python docs/memory_table.py [NAME]."""
+"""Prints the table of docs/models.md: what a GPU needs to train each family. python docs/memory_table.py [NAME]"""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ DISTILLED = ("flux", "flux2")
 GPUS = 8
 PROMPT = Prompt(id="p", text="a red fox in the snow beside a wooden sign that says hello", task="t2i")
 HEAD = (
-    "| model | parameters | LoRA 32: ZeRO 1 | 2 | 3 | all weights: ZeRO 1 | 2 | 3 |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| model | parameters | LoRA 32: ZeRO 1 | 2 | 3 | all weights: ZeRO 1 | 2 | 3 |\n|---|---|---|---|---|---|---|---|"
 )
 
 

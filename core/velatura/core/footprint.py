@@ -142,7 +142,8 @@ class Rehearsal:
             x = self.ghost.tensor(samples, *self.shape)
             began = live.begin()
             decode(x)
-            return live.peak - began
+            most: int = live.peak - began
+            return most
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         even, t = torch.zeros(batch.points), torch.full((batch.points,), 0.5)

@@ -1,4 +1,4 @@
-"""Tensors without numbers: a network that has shapes and types alone runs forward and backward, and what lives is counted.
+"""Tensors without numbers: a network of shapes and types alone runs forward and backward; what lives is counted.
 
 A ghost network takes no memory and next to no time, whatever its size. Its operations allocate and free as they do with
 numbers, so the most bytes that live at once are those that a device would need for the same operations.
@@ -22,13 +22,13 @@ KEPT = 2
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that exist, from the moment in which an operation makes them."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
         self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
     def ignore(self, tensors: Iterator[Tensor]) -> None:
@@ -110,7 +110,8 @@ class Ghost:
             live.ignore(self.net.parameters())
             live.ignore(self.net.buffers())
             began = run(live)
-            return live.peak - began
+            most: int = live.peak - began
+            return most
 
     @contextmanager
     def _shortened(self, blocks: dict[int, int]) -> Iterator[None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -119,6 +118,7 @@ def engine_parts(net: nn.Module, weights: int, sharding: Sharding, optimizer: st
     trained = sum(p.numel() for p in named.values())
     matrices = sum(p.numel() for p in block_matrices(net, named).values()) if optimizer == "muon" else 0
     flat = sharding.share(FP32 * trained, 1) if sharding.zero_stage else 0
+    kept = sharding.zero_stage == 1 and sharding.precision == "bf16"  # DeepSpeed's optimiser for it never frees them
     layers = [sum(p.numel() for p in part.parameters()) for part in net.modules() if isinstance(part, nn.ModuleList)
               for part in part]  # fmt: skip
     each = weights // max(1, sum(p.numel() for p in net.parameters()))
@@ -129,7 +129,8 @@ def engine_parts(net: nn.Module, weights: int, sharding: Sharding, optimizer: st
              phases=("rollout", "others", "update")),
         Part(name="masters in fp32", size=sharding.masters(trained)),
         Part(name=f"moments of {optimizer}", size=sharding.share(FP32 * (2 * trained - matrices), 1)),
-        Part(name="gradients", size=sharding.gradients(trained), where=USED, phases=("update", "step")),
+        Part(name="gradients", size=sharding.gradients(trained), where=GPU if kept else USED,
+             phases=PHASES if kept else ("update", "step")),
         Part(name="gradients on their way", size=sharding.bucket(trained), where=USED,
              phases=("update", "step") if sharding.zero_stage > 1 else ("step",)),
         Part(name="gradients of the own share, once more", size=flat, where=USED, phases=("step",)),

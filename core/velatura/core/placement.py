@@ -159,7 +159,9 @@ class _Stage:
         """A rollout, its pictures, and what is kept of it."""
         stage, guided = self.stage, self._guided(self._role)
         drawn = chunk(self.prompts, self.group, stage.sampling.batch, guided=guided)
-        shown = chunk(PROMPTS, SEEDS, stage.sampling.batch, guided=guided) if stage.stage in ("rl", "distill") else drawn
+        shown = (
+            chunk(PROMPTS, SEEDS, stage.sampling.batch, guided=guided) if stage.stage in ("rl", "distill") else drawn
+        )
         most = max(drawn, shown, key=lambda each: each.points)
         pictures, forward = most.points, self._rollout(drawn)
         if most is not drawn:

@@ -86,7 +86,9 @@ def _flux2(adapter: Any, prompt: Prompt, length: int) -> Row:
     )
 
 
-def _source_tokens(adapter: Any, prompt: Prompt, sized: Callable[[tuple[int, int]], Any], name: str) -> Row:
+def _source_tokens(
+    adapter: Any, prompt: Prompt, sized: Callable[[tuple[int, int]], Any], name: str
+) -> dict[str, Tensor]:
     """Latents of all sources, a token per `multiple` x `multiple` pixels."""
     if not prompt.sources:
         return {}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from velatura.api import Conditioning, Context, ModelAdapter, Options, Prompt, VelaturaError
 from velatura.core.engine.local import check_precision
 from velatura.core.footprint import Footprint
-from velatura.plugins.adapters.blank_rows import blank_row
+from velatura.plugins.adapters.blank_rows import FAMILIES, blank_row
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
 from velatura.plugins.adapters.conditioning_cache import ConditioningCache, row_key, weights_hash
 from velatura.plugins.adapters.lora import ATTENTION, add_lora
@@ -208,7 +208,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         small = bool(frozen) and sum(frozen.values()) < TRIED_BYTES
         rows = [self._row(prompt, text) if small else blank_row(self, prompt, text)
                 for text in (prompt.text, self.options.negative_prompt)]  # fmt: skip
-        if rows[0] is None or rows[1] is None:
+        if self.name not in FAMILIES or rows[0] is None or rows[1] is None:
             return None
         with torch.device("meta"):
             net = self._equipped(self.folder.blank("transformer", self.dtype))

@@ -90,7 +90,7 @@ class ModelFolder:
         import diffusers
 
         with torch.device("meta"):
-            net = getattr(diffusers, self.index[part][1]).from_config(self.config(part))
+            net: nn.Module = getattr(diffusers, self.index[part][1]).from_config(self.config(part))
         net.train(False).requires_grad_(part == "transformer")
         return nn.Module.to(net, dtype)  # the stock class would warn where nothing is cast
 
@@ -140,8 +140,9 @@ def _numbers(file: Path) -> int:
     """How many numbers a safetensors file holds."""
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
-        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
+    with safe_open(file, framework="pt") as opened:
+        names = opened.keys()
+        return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
 
 
 def open_folder(
