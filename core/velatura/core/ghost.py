@@ -6,6 +6,7 @@ numbers, so the most bytes that live at once are those that a device would need 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,7 +107,9 @@ class Ghost:
         return total
 
     def _run(self, run: Callable[[Live], int], blocks: dict[int, int]) -> int:
-        with self._shortened(blocks), Live() as live:
+        with self._shortened(blocks), warnings.catch_warnings(), Live() as live:
+            # torch looks at the gradient of whatever becomes a ghost
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             live.ignore(self.net.parameters())
             live.ignore(self.net.buffers())
             began = run(live)
