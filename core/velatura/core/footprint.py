@@ -83,7 +83,7 @@ class Rehearsal:
             return live.now if kept else 0
 
     def rollout(self, batch: Batch, guidance: GuidancePolicy[Any], role: Role) -> int:
-        """Most bytes in a forward without gradient under the guidance of `role`, the prompts' prepared parts included."""
+        """Most bytes in a forward without gradient as `role` is guided, the prompts' prepared parts included."""
 
         def run(live: Live) -> int:
             told, null = _Told(self.footprint), None

@@ -137,10 +137,12 @@ def engine_parts(net: nn.Module, weights: int, sharding: Sharding, optimizer: st
     ]  # fmt: skip
 
 
-def set_parts(trained: int, loaded: int, kept: Mapping[str, bool], teachers: Sequence[str], *, whole: bool) -> list[Part]:
-    """Weight sets of `trained` numbers: `kept` ones that follow the policy (True) in fp32, and others, like teachers, of
-    `loaded` bytes in the network's precision. Teachers wait on the CPU, and all do where the network is trained as a
-    whole; one at a time is brought over."""
+def set_parts(
+    trained: int, loaded: int, kept: Mapping[str, bool], teachers: Sequence[str], *, whole: bool
+) -> list[Part]:
+    """Weight sets of `trained` numbers: of the `kept` ones, those that follow the policy (True) in fp32; others, like
+    teachers, of `loaded` bytes in the network's precision. Teachers wait on the CPU, and all sets do where the network
+    is trained as a whole; one at a time is brought over."""
     parts = [
         Part(name=f"weights of role {name}", size=FP32 * trained if follows else loaded, where=CPU if whole else GPU)
         for name, follows in kept.items()
