@@ -254,6 +254,8 @@ def test_deepspeed_needs_what_it_is_said_to(
     sharding = Sharding(kind="deepspeed", zero_stage=zero, precision=precision)
     plan = MemoryPlan.of(engine_parts(rehearsal.net, rehearsal.weights, sharding, "adamw"))
     used = sum(part.size or 0 for part in plan.parts if part.where != "GPU" and "update" in part.phases)
+    sets = 2 * 4 * sum(rehearsal.trained.values())
+    assert near(plan.during("encode") + sets, run.live.now)  # at rest
     estimate = rehearsal.update(Batch(points=N, prompts=P, limit=2 * N), NoGuidance(), NFT()) + used
     with run.live:
         began = run.live.begin()
