@@ -82,7 +82,7 @@ def exercise(config: EngineConfig, folder: Path) -> dict[str, dict[str, Tensor]]
     check_communication(engine)
     rows = SHARES[engine.rank]
     backward(engine, 0, rows)
-    gradients = engine.gradients()
+    gradients = dict(engine.gradients())
     engine.zero_grad()
     first = run_step(engine, 0, rows)
     assert first.updated

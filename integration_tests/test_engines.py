@@ -37,7 +37,7 @@ def plain(steps: int, precision: str = "fp32") -> tuple[Engine, Tensors]:
         worker.new_net(), EngineConfig(kind="local", device="cpu", precision=precision), worker.OPTIMIZER
     )
     worker.backward(engine, 0, ALL_ROWS)
-    gradients = engine.gradients()
+    gradients = dict(engine.gradients())
     engine.zero_grad()
     for step in range(steps):
         worker.run_step(engine, step, ALL_ROWS)

@@ -45,7 +45,7 @@ def micro_batches(adapter: TinyWorldAdapter, prompts: list[Prompt], limit: int, 
 def gradients(learner: Learner, batches: list[MicroBatch]) -> dict[str, Tensor]:
     for i, batch in enumerate(batches):
         learner.accumulate(batch, Tally(), last=i == len(batches) - 1)
-    found = learner.engine.gradients()
+    found = dict(learner.engine.gradients())
     learner.engine.zero_grad()
     return found
 

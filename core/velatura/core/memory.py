@@ -21,9 +21,8 @@ FP32 = 4
 """Bytes of a number in fp32, which masters, gradients, moments and weight sets have."""
 BUCKET = 500_000_000
 """Numbers in a bucket of gradients that DeepSpeed's processes exchange, at most."""
-PHASES = ("encode", "rollout", "decode", "others", "update", "check", "step")
-"""Of a round: prompts, samples, pictures, forwards of other roles, forwards and backwards, the self-check of the first
-round, the optimiser's step."""
+PHASES = ("encode", "rollout", "decode", "others", "update", "step")
+"""Of a round: prompts, samples, pictures, forwards of other roles, forwards and backwards, the optimiser's step."""
 GPU, CPU, USED = "GPU", "CPU", "GPU while used"
 
 
@@ -131,7 +130,7 @@ def engine_parts(net: nn.Module, weights: int, sharding: Sharding, optimizer: st
         Part(name="masters in fp32", size=sharding.masters(trained)),
         Part(name=f"moments of {optimizer}", size=sharding.share(FP32 * (2 * trained - matrices), 1)),
         Part(name="gradients", size=sharding.gradients(trained), where=GPU if kept else USED,
-             phases=PHASES if kept else ("update", "check", "step")),
+             phases=PHASES if kept else ("update", "step")),
         Part(name="gradients on their way", size=sharding.bucket(trained), where=USED,
              phases=("update", "step") if sharding.zero_stage > 1 else ("step",)),
         Part(name="gradients of the own share, once more", size=flat, where=USED, phases=("step",)),

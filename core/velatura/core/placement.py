@@ -134,8 +134,6 @@ class _Stage:
             return [Part(name="transformer weights", size=rehearsal.weights)]
         parts = engine_parts(rehearsal.net, rehearsal.weights, self.place.sharding, stage.optimizer.kind)
         trained = sum(rehearsal.trained.values())
-        if stage.stage == "rl":  # `self_check` asks the engine for all gradients, whole
-            parts.append(Part(name="a copy of all gradients", size=FP32 * trained, where=USED, phases=("check",)))
         teachers = list(getattr(stage, "teachers", {}))
         return parts + set_parts(trained, rehearsal.loaded, self._kept(), teachers, whole=Policy(rehearsal.net).whole)
 

@@ -86,7 +86,7 @@ def _suspects(learner: Learner) -> str:
 
 def _check_zero_advantage(learner: Learner, batch: MicroBatch) -> None:
     learner.accumulate(with_zero_advantage(batch), Tally(), last=True)
-    norms = {name: float(gradient.norm()) for name, gradient in learner.engine.gradients().items()}
+    norms = {name: float(gradient.norm()) for name, gradient in learner.engine.gradients()}
     learner.engine.zero_grad()
     worst = max(norms, key=lambda name: norms[name])
     if norms[worst] > 0:

@@ -102,15 +102,13 @@ class DeepSpeedEngine:
             for kept in (getattr(owner, "averaged_gradients", {}), getattr(owner, "all_grad_tensors", {})):
                 kept.update(dict.fromkeys(kept))
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients of the global sum, whole and fp32; zero for a parameter that took no part."""
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Gradients of the global sum, one after the other, whole and fp32; zero for a parameter that took no part."""
         if not self._complete:
             raise RuntimeError("gradients() comes after backward(..., last=True)")
-        whole = {name: self._utils.safe_get_full_grad(p) for name, p in self._weights.items()}
-        return {
-            name: torch.zeros_like(self._weights[name], dtype=torch.float32) if g is None else g.float().clone()
-            for name, g in whole.items()
-        }
+        for name, parameter in self._weights.items():
+            found = self._utils.safe_get_full_grad(parameter)
+            yield name, torch.zeros_like(parameter, dtype=torch.float32) if found is None else found.float().clone()
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of every rank's `x`."""

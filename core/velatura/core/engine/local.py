@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -73,11 +73,12 @@ class LocalEngine:
             updater.zero_grad(set_to_none=True)
         self._complete = False
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The accumulated gradients, fp32; zero for a parameter that took no part."""
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The accumulated gradients, one after the other, fp32; zero for a parameter that took no part."""
         if not self._complete:
             raise RuntimeError("gradients() comes after backward(..., last=True)")
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self._masters.items()}
+        for name, parameter in self._masters.items():
+            yield name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
     def sum(self, x: Tensor) -> Tensor:
         """A copy of `x`: there is one rank."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -103,8 +103,9 @@ class Engine(Protocol):
     def zero_grad(self) -> None:
         """Forget the accumulated gradients, as if there had been no backward."""
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients of the global sum by parameter name, fp32; after a `last` backward, before `step`. Collective."""
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of every parameter, of the global sum, fp32 and whole, one after the other: all at once
+        would not fit. After a `last` backward, before `step`. Collective."""
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of every rank's `x`; collective. Leaves `x` alone."""

@@ -19,6 +19,7 @@ from velatura.api import Conditioning, Prompt, VelaturaError
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
 from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions
 from velatura.plugins.adapters.lora import ATTENTION, unwrap
+from velatura.plugins.adapters.model_folder import one_by_one
 from velatura.plugins.adapters.pictures import from_signed, to_pil, to_signed
 from velatura.plugins.adapters.sizes import Size
 
@@ -209,5 +210,5 @@ def _text_only(folder: Path, pipeline: str, dtype: torch.dtype) -> Any:
     pipe.register_modules(tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.text_encoder, pipe.vae):
-        part.requires_grad_(False).train(False)
+        one_by_one(part.requires_grad_(False).train(False))
     return pipe

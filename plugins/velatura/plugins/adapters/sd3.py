@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from velatura.api import Conditioning, Prompt
+from velatura.api import Conditioning, Prompt, VelaturaError
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
 from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions
 from velatura.plugins.adapters.lora import unwrap
@@ -67,6 +67,21 @@ class SD3(DiffusersAdapter[SD3Options]):
         """[C h w]."""
         channels = int(self.folder.config("transformer")["in_channels"])
         return (channels, size[0] // self._shrink, size[1] // self._shrink)
+
+    def size(self, prompt: Prompt) -> Size:
+        """As for every family; its table of positions ends somewhere.
+
+        Raises:
+            VelaturaError: the picture is larger than that.
+        """
+        size = super().size(prompt)
+        limit = int(self.folder.config("transformer")["pos_embed_max_size"]) * self.multiple
+        if max(size) > limit:
+            raise VelaturaError(
+                f"Asked for {size[1]} x {size[0]} pixels (width x height); this model's positions end at "
+                f"{limit} pixels a side. Set the adapter's `height` and `width`, or the prompt's `size`, to no more."
+            )
+        return size
 
     def times(self, steps: int, prompt: Prompt | None = None) -> Tensor:
         """The scheduler's own sigmas [steps + 1], 1 down to 0; shifted by the picture's size where it says so."""
