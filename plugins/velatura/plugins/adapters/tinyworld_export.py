@@ -35,7 +35,7 @@ def _write(net: nn.Module, folder: Path, *, autoencoder: vae.PcaVae, shift: floa
     FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(folder / "scheduler")
     vae.save(autoencoder.cpu(), folder / "vae.safetensors")
     save_file({"table": words.table()}, folder / "words.safetensors")
-    _write_json(folder / "words.json", {"words": words.VOCABULARY, "length": words.LENGTH})
+    _write_json(folder / "words.json", {"words": words.VOCABULARY, "length": words.LENGTH, "context": words.CONTEXT})
     classes = {
         "_class_name": "QwenImage21Pipeline",
         "_diffusers_version": diffusers.__version__,

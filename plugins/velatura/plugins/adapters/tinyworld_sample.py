@@ -18,12 +18,14 @@ HERE = Path(__file__).parent
 
 
 def embed(text: str) -> torch.Tensor:
-    """[1 12 64]: a vector per word, zeros behind them."""
+    """[1 12 384]: the vectors of a word and of the five before it, zeros behind the text."""
     known, words = json.loads((HERE / "words.json").read_text()), text.lower().split()
     if foreign := [word for word in words if word not in known["words"]]:
         raise SystemExit(f"The tiny world does not know {foreign[0]!r}. It knows: {', '.join(known['words'])}.")
-    rows = [known["words"].index(word) + 1 for word in words] + [0] * (known["length"] - len(words))
-    return load_file(HERE / "words.safetensors")["table"][torch.tensor(rows)][None]
+    rows = [0] * (known["context"] - 1) + [known["words"].index(word) + 1 for word in words] + [0] * known["length"]
+    behind = torch.tensor(rows).unfold(0, known["context"], 1)[: known["length"]].flip(1)
+    behind[len(words) :] = 0
+    return load_file(HERE / "words.safetensors")["table"][behind].flatten(1)[None]
 
 
 def read(file: str, vae: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -72,59 +72,59 @@ def mean(checks: Mapping[str, float]) -> float:
 def shape_checks(sight: Sight, request: Request) -> Checks:
     """`colour`, `shape`, `count`, `background`, and `relation` or `style` where asked for."""
     wanted = request.target.things
-    styled = any(thing.outlined for thing in wanted)
-    pairs = assign(wanted, sight.blobs, styled=styled)
-    checks = thing_checks(wanted, sight.blobs, pairs, styled=styled)
+    pairs = assign(wanted, sight.blobs)
+    checks = thing_checks(wanted, sight.blobs, pairs)
     checks["background"] = _background_of_shapes(sight, request.target.background)
     if request.relation is not None:
         checks["relation"] = _relation(request.relation, pairs, sight.blobs)
-    if styled:
-        credit = [_outlined(sight.blobs[blob], wanted[thing].shape) for thing, blob in pairs.items()]
+    if any(thing.outlined for thing in wanted):
+        credit = [_drawn_as(wanted[thing], sight.blobs[blob]) for thing, blob in pairs.items()]
         checks["style"] = sum(credit) / len(wanted)
     return checks
 
 
-def thing_checks(wanted: Sequence[Thing], blobs: Sequence[Blob], pairs: Mapping[int, int], *, styled: bool) -> Checks:
+def thing_checks(wanted: Sequence[Thing], blobs: Sequence[Blob], pairs: Mapping[int, int]) -> Checks:
     """`colour`, `shape` and `count` of all shapes together."""
     if not wanted:
         empty = float(not blobs)
         return {"colour": empty, "shape": empty, "count": empty}
     colour = sum(wanted[thing].colour == blobs[blob].colour for thing, blob in pairs.items())
-    shape = sum(shape_credit(wanted[thing].shape, blobs[blob], styled=styled) for thing, blob in pairs.items())
+    shape = sum(shape_credit(wanted[thing], blobs[blob]) for thing, blob in pairs.items())
     count = max(0.0, 1 - abs(len(blobs) - len(wanted)) / len(wanted))
     return {"colour": colour / len(wanted), "shape": shape / len(wanted), "count": count}
 
 
-def assign(wanted: Sequence[Thing], blobs: Sequence[Blob], *, styled: bool = False) -> dict[int, int]:
+def assign(wanted: Sequence[Thing], blobs: Sequence[Blob]) -> dict[int, int]:
     """Which blob stands for which wanted shape, so that colours and shapes fit best jointly."""
     if not wanted or not blobs:
         return {}
     credit = [
         # Where colours are swapped, it is the colours that are wrong, not the shapes: these decide a tie.
-        [0.99 * (thing.colour == blob.colour) + shape_credit(thing.shape, blob, styled=styled) for blob in blobs]
+        [0.99 * (thing.colour == blob.colour) + shape_credit(thing, blob) for blob in blobs]
         for thing in wanted
     ]
     things, chosen = linear_sum_assignment(np.array(credit), maximize=True)
     return dict(zip(things.tolist(), chosen.tolist(), strict=True))
 
 
-def shape_credit(shape: str, blob: Blob, *, styled: bool = False) -> float:
+def shape_credit(thing: Thing, blob: Blob) -> float:
     """0 if another shape fits better; else rising with the overlap, 0 at .3 and 1 at .75.
 
-    Outlines count as the shape only where they are asked for (`styled`); elsewhere the shape must be filled.
+    Outlines count as the shape only where they are asked for; elsewhere the shape must be filled.
     """
-    row = SHAPES.index(shape)
+    row = SHAPES.index(thing.shape)
     fits = blob.overlap.max(1)
     if fits[row] < fits.max():
         return 0.0
-    overlap = float(fits[row] if styled else blob.overlap[row, 0])
+    overlap = float(fits[row] if thing.outlined else blob.overlap[row, 0])
     return min(max((overlap - 0.3) / 0.45, 0.0), 1.0)
 
 
-def _outlined(blob: Blob, shape: str) -> float:
-    """1 where the outline fits better by .2, 0 where the filled shape does."""
-    filled, outline = blob.overlap[SHAPES.index(shape)]
-    return float(np.clip(0.5 + 2.5 * (outline - filled), 0, 1))
+def _drawn_as(thing: Thing, blob: Blob) -> float:
+    """1 where the style that is asked for, outline or filled, fits better by .2; 0 where the other does."""
+    filled, outline = blob.overlap[SHAPES.index(thing.shape)]
+    better = outline - filled if thing.outlined else filled - outline
+    return float(np.clip(0.5 + 2.5 * better, 0, 1))
 
 
 def _relation(relation: str, pairs: Mapping[int, int], blobs: Sequence[Blob]) -> float:
@@ -215,7 +215,7 @@ def _added(sight: Sight, thing: Thing, target: Scene) -> float:
     for blob in sight.blobs:
         row, column = (int(coordinate + 0.5) // CELL for coordinate in blob.centre)
         if blob.colour == thing.colour and 2 * row + column not in taken:
-            best = max(best, 0.4 + 0.6 * shape_credit(thing.shape, blob))
+            best = max(best, 0.4 + 0.6 * shape_credit(thing, blob))
     return best
 
 

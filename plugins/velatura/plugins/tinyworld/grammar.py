@@ -33,6 +33,8 @@ from velatura.plugins.tinyworld.scenes import (
 
 Split = Literal["train", "eval"]
 T2I_CATEGORIES = ("single", "pair", "relation", "count", "style", "portrait")
+OPTIONAL_CATEGORIES = ("mixed",)
+"""Text-to-image categories that come only where they are named: two shapes, one or both outlined."""
 EDIT_CATEGORIES = ("recolour", "remove", "add", "background", "expression", "hair", "two-step")
 
 _PLAIN = tuple(product(COLOURS, SHAPES))
@@ -104,6 +106,16 @@ def _pair() -> list[Wish]:
     ]
 
 
+def _mixed() -> list[Wish]:
+    things = [Thing(colour=colour, shape=shape, outlined=way) for way in (True, False) for colour, shape in _PLAIN]
+    wishes = []
+    for (one, other), background in product(permutations(things, 2), BACKGROUNDS):
+        if (one.outlined or other.outlined) and (one.colour, one.shape) != (other.colour, other.shape):
+            named = [f"{'an' if thing.outlined else 'a'} {thing.noun}" for thing in (one, other)]
+            wishes.append(_shapes("mixed", f"{' and '.join(named)} on {background}", background, (one, other)))
+    return wishes
+
+
 def _relation() -> list[Wish]:
     things = [Thing(colour=colour, shape=shape) for colour, shape in _PLAIN]
     wishes = []
@@ -142,6 +154,7 @@ def _shapes(category: str, text: str, background: str, things: tuple[Thing, ...]
 _WISHES: Mapping[str, Callable[[], list[Wish]]] = {
     "single": _single,
     "pair": _pair,
+    "mixed": _mixed,
     "relation": _relation,
     "count": _count,
     "style": _style,

@@ -13,7 +13,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from velatura.api import Options, Prompt, Task
-from velatura.plugins.tinyworld.grammar import EDIT_CATEGORIES, T2I_CATEGORIES, Split, draw_edit, wishes
+from velatura.plugins.tinyworld.grammar import (
+    EDIT_CATEGORIES,
+    OPTIONAL_CATEGORIES,
+    T2I_CATEGORIES,
+    Split,
+    draw_edit,
+    wishes,
+)
 from velatura.plugins.tinyworld.render import Picture, render
 from velatura.plugins.tinyworld.scenes import METADATA_KEY, Request
 
@@ -30,7 +37,8 @@ class TinyWorldOptions(Options):
     )
     categories: tuple[str, ...] | None = Field(
         None,
-        description="Only these categories; one that is named twice comes twice as often. Default: all of the task.",
+        description="Only these categories; one that is named twice comes twice as often. Default: all of the task "
+        "but `mixed` (two shapes, of which one or both are outlined).",
     )
     targets: bool = Field(False, description="Attach a picture to learn from to every prompt, for supervised stages.")
     wrong_captions: float = Field(
@@ -42,7 +50,7 @@ class TinyWorldOptions(Options):
     @field_validator("categories")
     @classmethod
     def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        known = T2I_CATEGORIES + EDIT_CATEGORIES
+        known = T2I_CATEGORIES + OPTIONAL_CATEGORIES + EDIT_CATEGORIES
         for name in value or ():
             if name not in known:
                 raise ValueError(f"the tiny world has no category {name!r}. There is: {', '.join(known)}.")
@@ -52,9 +60,10 @@ class TinyWorldOptions(Options):
 
     def chosen(self) -> tuple[str, ...]:
         """The categories in the order in which prompts go through them."""
-        allowed = {"t2i": T2I_CATEGORIES, "edit": EDIT_CATEGORIES, "both": _in_turns()}[self.task]
+        usual = {"t2i": T2I_CATEGORIES, "edit": EDIT_CATEGORIES, "both": _in_turns()}[self.task]
         if self.categories is None:
-            return allowed
+            return usual
+        allowed = usual if self.task == "edit" else usual + OPTIONAL_CATEGORIES
         foreign = [name for name in self.categories if name not in allowed]
         if foreign:
             raise ValueError(f"category {foreign[0]!r} is none of task {self.task!r}, which has: {', '.join(allowed)}.")
@@ -113,6 +122,8 @@ class WorldPrompts(Sequence[Prompt]):
     def _make(self, index: int) -> Prompt:
         turn, place = divmod(index, len(self.categories))
         category = self.categories[place]
+        # A category that is named twice goes through its texts twice as fast.
+        turn = turn * self.categories.count(category) + self.categories[:place].count(category)
         rng = random.Random(f"tinyworld/{self.options.seed}/{self.split}/{index}")
         request = self._request(category, turn, rng)
         route = "edit" if request.source else "t2i"
@@ -130,7 +141,7 @@ class WorldPrompts(Sequence[Prompt]):
         if category in EDIT_CATEGORIES:
             return draw_edit(category, self.split, rng)
         choices = wishes(category, self.split)
-        # A category that is named twice goes through its texts in step with its twin; the seed moves the start.
+        # The seed moves the start.
         return choices[(turn + self.options.seed * 7919) % len(choices)].place(rng)
 
     def _target(self, request: Request, rng: random.Random) -> Tensor:

@@ -155,7 +155,7 @@ def _edited_objects(sight: Sight, request: Request) -> tuple[dict[str, float], f
     """Checks of what must be there after the edit, asked for or not; and of a face identity and likeness."""
     target = request.target
     if sight.match is None:
-        return thing_checks(target.things, sight.blobs, assign(target.things, sight.blobs), styled=False), None, None
+        return thing_checks(target.things, sight.blobs, assign(target.things, sight.blobs)), None, None
     hair = all(step.kind != "hair" for step in request.steps)
     identity, likeness = _person(sight, target, hair=hair)
     return {"face": sight.face, "identity": likeness}, identity, likeness

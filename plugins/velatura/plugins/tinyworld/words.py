@@ -1,4 +1,8 @@
-"""The text encoder of the world: a frozen random vector per word."""
+"""The text encoder of the world: a frozen random vector per word, and with every word those before it.
+
+A language model's token knows what was said before it: `square` in `a blue square` is a blue one. So does a token here,
+which makes it much easier to learn which colour belongs to which shape.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from velatura.api import VelaturaError
 
 LENGTH = 12
 """Tokens of every encoded text, padding included; the longest instruction has 11 words."""
-WIDTH = 64
+WORD_WIDTH = 64
+CONTEXT = 6
+"""Words that a token carries: its own and the five before it, in this order."""
+WIDTH = CONTEXT * WORD_WIDTH
 
 _WORDS = (
     "a an and on of left right above below red blue green yellow circle square triangle circles squares triangles "
@@ -27,8 +35,8 @@ VOCABULARY = tuple(_WORDS.split())
 def table() -> Tensor:
     """[words + 1, 64] float32: row 0 is zero (null and padding), the others standard normal, the same everywhere."""
     # The legacy generator: its stream is promised never to change, and a checkpoint's meaning hangs on it.
-    drawn = np.random.RandomState(20250505).standard_normal((len(VOCABULARY), WIDTH))
-    return torch.cat([torch.zeros(1, WIDTH), torch.from_numpy(drawn.astype(np.float32))])
+    drawn = np.random.RandomState(20250505).standard_normal((len(VOCABULARY), WORD_WIDTH))
+    return torch.cat([torch.zeros(1, WORD_WIDTH), torch.from_numpy(drawn.astype(np.float32))])
 
 
 @cache
@@ -50,10 +58,10 @@ def tokenise(text: str) -> list[int]:
 
 
 def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings [P, 12, 64] float32 and mask [P, 12] bool of P texts.
+    """Embeddings [P, 12, 384] float32 and mask [P, 12] bool of P texts.
 
-    Padding is zero and masked. The empty text is one zero token that is not masked, so that attention always has
-    something to look at.
+    A token is its word's vector and those of the five words before it, side by side. Padding is zero and masked. The
+    empty text is one zero token that is not masked, so that attention always has something to look at.
     """
     rows = torch.zeros(len(texts), LENGTH, dtype=torch.int64)
     mask = torch.zeros(len(texts), LENGTH, dtype=torch.bool)
@@ -61,4 +69,5 @@ def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokens = tokenise(text)
         rows[p, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         mask[p, : max(len(tokens), 1)] = True
-    return table()[rows], mask
+    behind = F.pad(rows, (CONTEXT - 1, 0)).unfold(1, CONTEXT, 1).flip(2)
+    return table()[behind * (rows > 0)[:, :, None]].flatten(2), mask
