@@ -11,6 +11,7 @@ from velatura.plugins.tinyworld.grammar import EDIT_CATEGORIES, T2I_CATEGORIES, 
 from velatura.plugins.tinyworld.render import render
 from velatura.plugins.tinyworld.scenes import NAMES, Thing, request_of
 from velatura.plugins.tinyworld.task import TinyWorld, TinyWorldOptions
+from velatura.plugins.tinyworld.verify import verify
 
 
 def prompts(split="train", **options):
@@ -84,6 +85,20 @@ def test_every_prefix_is_balanced_over_categories():
 def test_a_category_named_twice_comes_twice_as_often():
     some = [p.category for p in prompts(categories=("pair", "pair", "count"))[:30]]
     assert (some.count("pair"), some.count("count")) == (20, 10)
+
+
+def test_a_category_named_twice_goes_through_its_texts_twice_as_fast():
+    twice = [p.text for p in prompts(categories=("pair", "pair"))[:24]]
+    assert twice == [p.text for p in prompts(categories=("pair",))[:24]]
+    assert len(set(twice)) == 24
+
+
+def test_mixed_pictures_come_only_where_they_are_named():
+    assert "mixed" not in {p.category for p in prompts(task="both")[:200]}
+    some = prompts(categories=("mixed",), targets=True, wrong_captions=0, degraded=0)[:200]
+    assert all("outlined" in p.text for p in some)
+    verdicts = verify(torch.stack([p.target for p in some]).numpy(), [request_of(p) for p in some])
+    assert all(verdict.strict for verdict in verdicts)
 
 
 @pytest.mark.parametrize("categories", [("piar",), (), ("hair",)])

@@ -148,6 +148,28 @@ def test_an_added_thing_may_lie_in_any_free_cell():
     assert judged(elsewhere, request).strict
 
 
+def test_one_thing_was_to_be_added():
+    request = edit(STEPS[2][1], SOURCE)
+    twice = replace(request.target, things=(*request.target.things, Thing(colour="yellow", shape="triangle", cell=3)))
+    assert judged(twice, request).instruction == pytest.approx(0.5, abs=0.01)
+    assert not judged(twice, request).strict
+
+
+def test_what_was_not_removed_is_not_taken_for_something_added():
+    add, remove = STEPS[2][1], Step(kind="remove", thing=BLUE)
+    target = remove.apply(add.apply(SOURCE))
+    request = replace(edit(add, SOURCE), target=target, steps=(add, remove), category="two-step")
+    assert judged(add.apply(SOURCE), request).checks["add"] == 1
+
+
+def test_outlines_are_wanted_of_the_thing_that_is_asked_for():
+    outlined, filled = replace(RED, outlined=True), BLUE
+    request = shapes(outlined, filled)
+    assert judged(Scene(background="white", things=(outlined, filled)), request).strict
+    swapped = Scene(background="white", things=(RED, replace(BLUE, outlined=True)))
+    assert judged(swapped, request).checks["style"] == 0
+
+
 def test_preservation_is_exp_of_the_error_on_untouched_pixels():
     request = edit(Step(kind="recolour", thing=RED, value="green"), SOURCE)
     picture = render(request.target) * np.float32(0.9)

@@ -20,10 +20,15 @@ def test_padding_is_zero_and_masked():
     assert embeddings[mask].any(1).all()
 
 
-def test_word_order_is_in_the_encoding():
-    embeddings, _ = words.encode(["red blue", "blue red"])
-    assert torch.equal(embeddings[0, 0], embeddings[1, 1])
-    assert not torch.equal(embeddings[0], embeddings[1])
+def test_a_token_carries_the_words_before_it():
+    table, width = words.table(), words.WORD_WIDTH
+    embeddings, _ = words.encode(["a red circle and a blue square on white"])
+    row = {word: table[place] for place, word in enumerate(words.VOCABULARY, start=1)}
+    square = embeddings[0, 6].view(words.CONTEXT, width)
+    assert torch.equal(square, torch.stack([row[word] for word in ("square", "blue", "a", "and", "circle", "red")]))
+    first = embeddings[0, 0]
+    assert torch.equal(first[:width], row["a"])
+    assert not first[width:].any()
 
 
 def test_the_table_never_changes():

@@ -183,7 +183,7 @@ def _step(sight: Sight, step: Step, source: Scene, target: Scene) -> float:
     if step.thing is None:
         raise ValueError(f"'{step.kind}' needs the shape it concerns.")
     if step.kind == "add":
-        return _added(sight, step.thing, target)
+        return _added(sight, step.thing, source, target)
     pixels = sight.label[footprint(step.thing)]
     if step.kind == "recolour":
         return float((pixels == SHAPE_COLOURS.index(step.value)).mean())
@@ -208,15 +208,22 @@ def _hair_done(sight: Sight, source: Scene, colour: str) -> float:
     return float((sight.label == FACE_COLOURS.index(f"{colour} hair"))[hair].mean())
 
 
-def _added(sight: Sight, thing: Thing, target: Scene) -> float:
-    """.4 for a new blob of the colour, the rest for its shape; blobs where something else belongs are not new."""
+def _added(sight: Sight, thing: Thing, source: Scene, target: Scene) -> float:
+    """.4 for a new blob of the colour, the rest for its shape, shared among all new blobs: one thing was asked for.
+
+    Blobs where something else belongs are not new; one where something was to be removed may be, or may be that thing.
+    """
     taken = {other.cell for other in target.things if other != thing}
-    best = 0.0
-    for blob in sight.blobs:
-        row, column = (int(coordinate + 0.5) // CELL for coordinate in blob.centre)
-        if blob.colour == thing.colour and 2 * row + column not in taken:
-            best = max(best, 0.4 + 0.6 * shape_credit(thing, blob))
-    return best
+    vacated = {other.cell for other in source.things} - taken
+    free = [blob for blob in sight.blobs if _cell(blob) not in taken]
+    new = sum(_cell(blob) not in vacated for blob in free)
+    credit = [0.4 + 0.6 * shape_credit(thing, blob) for blob in free if blob.colour == thing.colour]
+    return max(credit, default=0.0) / max(1, new)
+
+
+def _cell(blob: Blob) -> int:
+    row, column = (int(coordinate + 0.5) // CELL for coordinate in blob.centre)
+    return 2 * row + column
 
 
 def untouched(request: Request, source: Scene) -> Mask:
