@@ -10,6 +10,7 @@ def velatura_reward() -> Sequence[str]:
     """What is good."""
     return [
         "clip-score = velatura.rewards.image_text:ClipScore",
+        "ocr = velatura.rewards.ocr:Ocr",
         "pickscore = velatura.rewards.image_text:PickScore",
         "tinyworld-aesthetics = velatura.rewards.tinyworld:Aesthetics",
         "tinyworld-alignment = velatura.rewards.tinyworld:Alignment",
