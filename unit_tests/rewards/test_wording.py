@@ -21,8 +21,8 @@ def distance(a, b):
     return row[-1]
 
 
-def prompt(words, sources=(), **metadata):
-    return Prompt(id="7", text=words, task="edit" if sources else "t2i", sources=sources, metadata=metadata)
+def prompt(wish, sources=(), **metadata):
+    return Prompt(id="7", text=wish, task="edit" if sources else "t2i", sources=sources, metadata=metadata)
 
 
 def asked(given, **options):
@@ -94,7 +94,7 @@ def test_the_nearest_stretch_is_the_best_of_all():
         (["cat", "dog"], ["dog", "cat"], 1),
         (["cat", "cat"], ["cat"], 1 / 2),
         (["ABC"], ["AB", "x", "C"], 3 / 4 - 1 / 12),
-        (["ﬁne １２"], ["fine 12"], 1),
+        (["ﬁne №2"], ["fine No2"], 1),
     ],
 )
 def test_scores_are_those_of_the_formula(words, found, score):

@@ -9,6 +9,7 @@ from velatura.core.hookspecs import hookimpl
 def velatura_reward() -> Sequence[str]:
     """What is good."""
     return [
+        "brisque = velatura.rewards.brisque:Brisque",
         "clip-score = velatura.rewards.image_text:ClipScore",
         "ocr = velatura.rewards.ocr:Ocr",
         "pickscore = velatura.rewards.image_text:PickScore",
