@@ -13,6 +13,8 @@ def velatura_reward() -> Sequence[str]:
         "clip-score = velatura.rewards.image_text:ClipScore",
         "ocr = velatura.rewards.ocr:Ocr",
         "pickscore = velatura.rewards.image_text:PickScore",
+        "saturation = velatura.rewards.guards:Saturation",
+        "spectrum = velatura.rewards.guards:Spectrum",
         "tinyworld-aesthetics = velatura.rewards.tinyworld:Aesthetics",
         "tinyworld-alignment = velatura.rewards.tinyworld:Alignment",
         "tinyworld-identity = velatura.rewards.tinyworld:IdentityReward",
