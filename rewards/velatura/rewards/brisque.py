@@ -176,7 +176,8 @@ def normalised(grey: Tensor) -> Tensor:
     line = (line / line.sum())[None, None]
     rows = conv2d(torch.stack([grey, grey.square()])[:, None], line[..., None], padding=(3, 0))
     mean, square = conv2d(rows, line[..., None, :], padding=(0, 3))[:, 0]
-    return (grey - mean) / ((square - mean.square()).abs().sqrt() + 1)
+    deviation: Tensor = (square - mean.square()).abs().sqrt()
+    return (grey - mean) / (deviation + 1)
 
 
 @lru_cache(maxsize=1)

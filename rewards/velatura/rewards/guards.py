@@ -72,7 +72,7 @@ class Spectrum(RewardModel[SpectrumOptions]):
             return Measured(status=Status.FAILED, reason=reason)
         share = fine_share(sample.image, self.options.cutoff)
         bounded = min(max(share, self.options.low, LEAST), self.options.high)
-        return Measured(-abs(math.log10(max(share, LEAST) / bounded)), note=f"fine share {share:.2g}")
+        return Measured(0.0 - abs(math.log10(max(share, LEAST) / bounded)), note=f"fine share {share:.2g}")
 
 
 class SaturationOptions(Options):
@@ -114,7 +114,7 @@ class Saturation(RewardModel[SaturationOptions]):
         vivid = most - least >= options.vivid
         share = float((clipped | vivid).double().mean())
         note = f"clipped {clipped.double().mean():.2g}, vivid {vivid.double().mean():.2g}"
-        return Measured(-max(0.0, share - options.high) / (1 - options.high), note=note)
+        return Measured(0.0 - max(0.0, share - options.high) / (1 - options.high), note=note)
 
 
 def fine_share(image: Tensor, cutoff: float) -> float:
