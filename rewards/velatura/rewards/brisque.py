@@ -175,9 +175,9 @@ def normalised(grey: Tensor) -> Tensor:
     line = torch.exp(-places.square() / (2 * (7 / 6) ** 2))
     line = (line / line.sum())[None, None]
     rows = conv2d(torch.stack([grey, grey.square()])[:, None], line[..., None], padding=(3, 0))
-    mean, square = conv2d(rows, line[..., None, :], padding=(0, 3))[:, 0]
-    deviation: Tensor = (square - mean.square()).abs().sqrt()
-    return (grey - mean) / (deviation + 1)
+    moments: Tensor = conv2d(rows, line[..., None, :], padding=(0, 3))[:, 0]
+    mean, square = moments.unbind()
+    return (grey - mean) / ((square - mean.square()).abs().sqrt() + 1)
 
 
 @lru_cache(maxsize=1)

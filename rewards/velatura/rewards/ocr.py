@@ -53,7 +53,7 @@ class Ocr(RewardModel[OcrOptions]):
 
     r = (n - d) / (n + extra e): n letters asked for, d the least edits that make them out of what is read, e letters
     read that belong to none of them. White space does not count, nor does case. For one text in full this is one minus
-    the edit distance over the longer length; Flow-GRPO's reward for text (arXiv:2505.05470) divides by n and stops at 0.
+    the edit distance over the longer length; Flow-GRPO's reward for text (arXiv:2505.05470) divides by n, down to 0.
 
     PP-OCRv6 small reads, from inside the package rapidocr (Apache 2.0, code and weights), on the CPU and without a
     network. It knows 18,708 characters: Latin with accents, Chinese, Japanese. Prompts that ask for others, Cyrillic or
