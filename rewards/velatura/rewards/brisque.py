@@ -70,11 +70,11 @@ class Brisque(RewardModel[NoOptions]):
         assert self._model is not None
         height, width = sample.image.shape[-2:]
         if min(height, width) < SHORTEST:
-            reason = f"The picture has {height} x {width} pixels, and BRISQUE needs {SHORTEST} on each side."
+            reason = f"The picture has {height} x {width} pixels, and BRISQUE needs {SHORTEST} on each side"
             return Measured(status=Status.FAILED, reason=reason)
         features = features_of(luminance(sample.image))
         if not bool(features.isfinite().all()):
-            return Measured(status=Status.FAILED, reason="The picture is flat: it has no local statistics.")
+            return Measured(status=Status.FAILED, reason="The picture is flat: it has no local statistics")
         return Measured(100.0 - self._model.predict(features))
 
 

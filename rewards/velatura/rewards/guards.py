@@ -68,7 +68,7 @@ class Spectrum(RewardModel[SpectrumOptions]):
     def _judge(self, sample: Sample) -> Measured:
         height, width = sample.image.shape[-2:]
         if min(height, width) < SHORTEST:
-            reason = f"The picture has {height} x {width} pixels, and its spectrum needs {SHORTEST} on each side."
+            reason = f"The picture has {height} x {width} pixels, and its spectrum needs {SHORTEST} on each side"
             return Measured(status=Status.FAILED, reason=reason)
         share = fine_share(sample.image, self.options.cutoff)
         bounded = min(max(share, self.options.low, LEAST), self.options.high)

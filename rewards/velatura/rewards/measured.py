@@ -25,7 +25,7 @@ class Measured:
 
 def measured(samples: Sequence[Sample], measure: Callable[[Sample], Measured]) -> Scores:
     """[B] what `measure` says of each picture; those with values that are not finite fail without being shown."""
-    broken = Measured(status=Status.FAILED, reason="The picture holds values that are not finite.")
+    broken = Measured(status=Status.FAILED, reason="The picture holds values that are not finite")
     found = [measure(sample) if bool(sample.image.isfinite().all()) else broken for sample in samples]
     return Scores(
         values=torch.tensor([one.value for one in found], dtype=torch.float32),

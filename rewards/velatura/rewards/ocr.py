@@ -113,9 +113,9 @@ class Ocr(RewardModel[OcrOptions]):
     def _judge(self, sample: Sample) -> Measured:
         asked = self.asked(sample.prompt)
         if not asked:
-            return Measured(status=Status.NOT_APPLICABLE, reason="The prompt asks for no words.")
+            return Measured(status=Status.NOT_APPLICABLE, reason="The prompt asks for no words")
         if unknown := self._unknown(asked):
-            return Measured(status=Status.NOT_APPLICABLE, reason=f"'ocr' cannot read {unknown!r}.")
+            return Measured(status=Status.NOT_APPLICABLE, reason=f"'ocr' cannot read {unknown!r}")
         try:
             found = self._reader(to_bytes(sample.image)[:, :, ::-1].copy()).txts or ()
         except Exception as error:
