@@ -44,7 +44,7 @@ def prompt_of(name: str) -> Prompt:
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_blank_row_has_the_shapes_of_a_real_one(name: str, tmp_path: Path) -> None:
     adapter, prompt = adapter_of(name, tmp_path), prompt_of(name)
-    real, blank = adapter._row(prompt, prompt.text), blank_row(adapter, prompt, prompt.text)
+    real, blank = adapter.cached_row(prompt, prompt.text), blank_row(adapter, prompt, prompt.text)
     assert blank is not None and blank.keys() == real.keys()
     for key, tensor in real.items():
         assert blank[key].dtype == tensor.dtype

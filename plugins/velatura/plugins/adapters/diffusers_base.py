@@ -24,17 +24,14 @@ from torch import Tensor, nn
 from velatura.api import Conditioning, Context, ModelAdapter, Options, Prompt, VelaturaError
 from velatura.core.engine.local import check_precision
 from velatura.core.footprint import Footprint
-from velatura.plugins.adapters.blank_rows import FAMILIES, blank_row
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
 from velatura.plugins.adapters.conditioning_cache import ConditioningCache, row_key, weights_hash
+from velatura.plugins.adapters.footprints import footprint_of
 from velatura.plugins.adapters.lora import ATTENTION, add_lora
 from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
 from velatura.plugins.adapters.pipeline_export import write_pipeline
 from velatura.plugins.adapters.running import compile_blocks, set_attention
 from velatura.plugins.adapters.sizes import Buckets, Size, buckets_of, drawable, nearest, sides, stretched
-
-TRIED_BYTES = 256 * 2**20
-"""Text encoders and autoencoders up to this size are run to see what a prompt becomes."""
 
 
 class DiffusersOptions(Options):
@@ -125,14 +122,14 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         options = self.options
         check_precision(device, "bf16" if self.dtype is torch.bfloat16 else "fp32")
         self.size_of(None)  # refused now, not after minutes of loading
-        net = self._equipped(self.folder.transformer(self.dtype)).to(device)
+        net = self.equipped(self.folder.transformer(self.dtype)).to(device)
         if options.attention is not None:
             set_attention(net, options.attention, device, self.dtype)
         if options.compile:
             compile_blocks(net)
         return net
 
-    def _equipped(self, net: nn.Module) -> nn.Module:
+    def equipped(self, net: nn.Module) -> nn.Module:
         """With what is trained, and gradient checkpointing where it is asked for."""
         options = self.options
         if options.lora_rank is not None:
@@ -204,27 +201,9 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
     def footprint(self, prompt: Prompt) -> Footprint | None:
         """From the folder's configurations. Encoders that are small are tried; with large ones a prompt's row has the
         shapes that its family's rows have. None for a family whose rows are not known."""
-        frozen = self.folder.frozen_bytes(self.dtype)
-        small = bool(frozen) and sum(frozen.values()) < TRIED_BYTES
-        rows = [self._row(prompt, text) if small else blank_row(self, prompt, text)
-                for text in (prompt.text, self.options.negative_prompt)]  # fmt: skip
-        if self.name not in FAMILIES or rows[0] is None or rows[1] is None:
-            return None
-        with torch.device("meta"):
-            net = self._equipped(self.folder.blank("transformer", self.dtype))
-        told, untold = rows[0], rows[1]
-        layout = self.layout(prompt)
-        still = self._without_moving(self.folder.blank("vae", self.dtype))
-        return Footprint(
-            net=net,
-            cond=lambda count: self.collate(layout, [told] * count),
-            null=lambda count: self.collate(layout, [untold] * (count if prompt.sources else 1)).expand(count),  # type: ignore[attr-defined]
-            frozen=frozen,
-            vae=still.pipe.vae,
-            decode=lambda x: still.decode(x, prompt),
-        )
+        return footprint_of(self, prompt)
 
-    def _without_moving(self, vae: nn.Module) -> Self:
+    def without_moving(self, vae: nn.Module) -> Self:
         """This adapter over another autoencoder, which stays where it is."""
         still = type(self)(self.options)
         still._context, still._still = self._context, True
@@ -343,7 +322,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         for prompt in prompts:
             self._check_sources(prompt)
         with torch.no_grad(), self.staying():
-            rows = [self._row(self._bucketed(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+            rows = [self.cached_row(self._bucketed(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
         return self.collate(layouts.pop(), rows)
 
     def layout(self, prompt: Prompt) -> tuple[Any, ...]:
@@ -362,7 +341,8 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         if self.sources is not None and found > self.sources:
             raise VelaturaError(f"Prompt {prompt.id!r} has {found} source images; '{self.name}' takes {self.sources}.")
 
-    def _row(self, prompt: Prompt, text: str) -> Row:
+    def cached_row(self, prompt: Prompt, text: str) -> Row:
+        """`row`, from the disk where it is there; `text` stands in for the prompt's own."""
         size = self.size(prompt)
         if not self.options.cache or self._context is None:
             return self.row(prompt, text, size)

@@ -1,0 +1,42 @@
+"""What a diffusers adapter says of its memory, from the configurations in the model's folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from velatura.api import Prompt
+from velatura.core.footprint import Footprint
+from velatura.plugins.adapters.blank_rows import FAMILIES, blank_row
+
+if TYPE_CHECKING:
+    from velatura.plugins.adapters.diffusers_base import DiffusersAdapter
+
+TRIED_BYTES = 256 * 2**20
+"""Text encoders and autoencoders up to this size are run to see what a prompt becomes."""
+
+
+def footprint_of(adapter: DiffusersAdapter[Any], prompt: Prompt) -> Footprint | None:
+    """Encoders that are small are tried; with large ones a prompt's row has the shapes that its family's rows have. None
+    for a family whose rows are not known."""
+    frozen = adapter.folder.frozen_bytes(adapter.dtype)
+    small = bool(frozen) and sum(frozen.values()) < TRIED_BYTES
+    told, untold = (
+        adapter.cached_row(prompt, text) if small else blank_row(adapter, prompt, text)
+        for text in (prompt.text, adapter.options.negative_prompt)
+    )
+    if adapter.name not in FAMILIES or told is None or untold is None:
+        return None
+    with torch.device("meta"):
+        net = adapter.equipped(adapter.folder.blank("transformer", adapter.dtype))
+    layout = adapter.layout(prompt)
+    still = adapter.without_moving(adapter.folder.blank("vae", adapter.dtype))
+    return Footprint(
+        net=net,
+        cond=lambda count: adapter.collate(layout, [told] * count),
+        null=lambda count: adapter.collate(layout, [untold] * (count if prompt.sources else 1)).expand(count),  # type: ignore[attr-defined]
+        frozen=frozen,
+        vae=still.pipe.vae,
+        decode=lambda x: still.decode(x, prompt),
+    )
