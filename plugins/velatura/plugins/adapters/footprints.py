@@ -18,8 +18,8 @@ TRIED_BYTES = 256 * 2**20
 
 
 def footprint_of(adapter: DiffusersAdapter[Any], prompt: Prompt) -> Footprint | None:
-    """Encoders that are small are tried; with large ones a prompt's row has the shapes that its family's rows have. None
-    for a family whose rows are not known."""
+    """Encoders that are small are tried; with large ones a prompt's row has the shapes of its family's rows. None for a
+    family whose rows are not known."""
     frozen = adapter.folder.frozen_bytes(adapter.dtype)
     small = bool(frozen) and sum(frozen.values()) < TRIED_BYTES
     told, untold = (
