@@ -12,6 +12,7 @@ def velatura_reward() -> Sequence[str]:
         "brisque = velatura.rewards.brisque:Brisque",
         "clip-score = velatura.rewards.image_text:ClipScore",
         "ocr = velatura.rewards.ocr:Ocr",
+        "function = velatura.rewards.function:Function",
         "pickscore = velatura.rewards.image_text:PickScore",
         "saturation = velatura.rewards.guards:Saturation",
         "spectrum = velatura.rewards.guards:Spectrum",
