@@ -13,6 +13,7 @@ def velatura_reward() -> Sequence[str]:
         "clip-score = velatura.rewards.image_text:ClipScore",
         "ocr = velatura.rewards.ocr:Ocr",
         "function = velatura.rewards.function:Function",
+        "http = velatura.rewards.remote:Http",
         "pickscore = velatura.rewards.image_text:PickScore",
         "saturation = velatura.rewards.guards:Saturation",
         "spectrum = velatura.rewards.guards:Spectrum",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from velatura.api import Options
 from velatura.rewards.judge.rubric import is_file_name, shipped_rubric
+from velatura.rewards.transport import checked_address
 
 SERVER_ONLY = (
     *("api_key_env", "concurrency", "timeout", "retries", "backoff", "deadline", "samples", "request", "served_as"),
@@ -72,10 +72,7 @@ class VlmJudgeOptions(Options):
     def _is_address(cls, server: str | None) -> str | None:
         if server is None:
             return None
-        parts = urlsplit(server)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{server!r} is no address; write it like http://localhost:8000/v1")
-        return server.rstrip("/").removesuffix("/chat/completions")
+        return checked_address(server, "http://localhost:8000/v1").removesuffix("/chat/completions")
 
     @model_validator(mode="after")
     def _suits_its_place(self) -> Self:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import random
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 from torch import Tensor
@@ -21,47 +17,20 @@ from velatura.rewards.judge.pictures import data_url, to_picture
 from velatura.rewards.judge.replies import LabelsError, Malformed, Reply, parsed, reading, stated
 from velatura.rewards.judge.rubric import Question, Rubric
 from velatura.rewards.judge.scoring import Verdict, failed, mean_of
+from velatura.rewards.transport import Exchange, Unanswered, bearer, finished, new_client, said_in
 
 if TYPE_CHECKING:
     import httpx2
 
-LONGEST_PAUSE = 30.0
-"""Seconds; a server that asks for more is not waited for longer."""
 LAST_LINE_TOKENS = 32
 """Room for the line with the score."""
 TEMPERATURE = 0.7
 """Of replies that are averaged; with one reply, or with probabilities, it is 0."""
-PASSING = (408, 409, 425, 429)
-"""Answers that may be better next time, beside all from 500."""
-T = TypeVar("T")
 Message = dict[str, Any]
-
-
-class Unanswered(Exception):
-    """A request brought no reply."""
-
-    def __init__(self, reason: str, *, passing: bool, dead: bool = False, after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.passing = passing
-        """Whether it is worth trying again."""
-        self.dead = dead
-        """Whether nobody listens at the address."""
-        self.after = after
-        """Seconds that the server asks to wait."""
 
 
 class NoLogprobs(Unanswered):
     """The server takes no request for probabilities."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """What the pictures of one call share."""
-
-    client: httpx2.AsyncClient
-    slots: asyncio.Semaphore
-    dead: str = ""
-    """Why nothing more is sent: one picture has tried to the end and found nobody."""
 
 
 @dataclass(slots=True)
@@ -72,12 +41,10 @@ class ServerJudge:
     rubric: Rubric
     has_logprobs: bool | None = None
     """Whether the server gives probabilities; None until its first reply."""
-    _jitter: random.Random = field(default_factory=random.Random)
-    """Seeded by the system: its draws only spread repetitions over time."""
 
     def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
         """One verdict per question, in their order."""
-        return _run(self._verdicts(questions))
+        return finished(self._verdicts(questions))
 
     def check(self, question: Question) -> None:
         """Ask a first question, so that what cannot work is said before the first picture of the run.
@@ -85,11 +52,11 @@ class ServerJudge:
         Raises:
             VelaturaError: nobody answers, or the server wants another key, name or request.
         """
-        _run(self._check(question))
+        finished(self._check(question))
 
     async def _check(self, question: Question) -> None:
         async with self._client() as client:
-            batch = Batch(client, asyncio.Semaphore(1))
+            batch = self._exchange(client, 1)
             try:
                 async with asyncio.timeout(self.options.deadline):
                     await self._verdict(batch, question)
@@ -118,10 +85,10 @@ class ServerJudge:
 
     async def _verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
         async with self._client() as client:
-            batch = Batch(client, asyncio.Semaphore(self.options.concurrency))
+            batch = self._exchange(client, self.options.concurrency)
             return await asyncio.gather(*(self._in_time(batch, question) for question in questions))
 
-    async def _in_time(self, batch: Batch, question: Question) -> Verdict:
+    async def _in_time(self, batch: Exchange, question: Question) -> Verdict:
         """A verdict on one question, whatever happens; its time begins when it is its turn."""
         async with batch.slots:
             try:
@@ -134,7 +101,7 @@ class ServerJudge:
             except (ValueError, LabelsError) as error:
                 return failed(str(error))
 
-    async def _verdict(self, batch: Batch, question: Question) -> Verdict:
+    async def _verdict(self, batch: Exchange, question: Question) -> Verdict:
         messages = [{"role": "user", "content": await asyncio.to_thread(self._content, question)}]
         if self._averages:
             return await self._averaged(batch, messages)
@@ -150,7 +117,7 @@ class ServerJudge:
             reply = await self._last_line(batch, messages, reply)
         return reading(reply, self.rubric, self.options.min_mass)
 
-    async def _last_line(self, batch: Batch, messages: list[Message], reply: Reply) -> Reply:
+    async def _last_line(self, batch: Exchange, messages: list[Message], reply: Reply) -> Reply:
         """Ask for the line with the score alone, after a reply that ended without."""
         more = [
             *messages,
@@ -159,7 +126,7 @@ class ServerJudge:
         ]
         return await self._ask(batch, more, LAST_LINE_TOKENS)
 
-    async def _averaged(self, batch: Batch, messages: list[Message]) -> Verdict:
+    async def _averaged(self, batch: Exchange, messages: list[Message]) -> Verdict:
         """The mean of several written scores, for servers without probabilities."""
         tokens, many = self.options.reasoning_tokens + LAST_LINE_TOKENS, self.options.samples > 1
         verdicts = []
@@ -207,62 +174,32 @@ class ServerJudge:
         return made
 
     async def _ask(
-        self, batch: Batch, messages: Sequence[Message], tokens: int, sampling: Message | None = None
+        self, batch: Exchange, messages: Sequence[Message], tokens: int, sampling: Message | None = None
     ) -> Reply:
         """A reply, after as many repetitions as are allowed."""
         body = {"model": self.options.model, "messages": messages, "max_tokens": tokens, "temperature": 0,
                 "logprobs": True, "top_logprobs": 20} | (sampling or {}) | self.options.request  # fmt: skip
         body = {name: value for name, value in body.items() if value is not None}
-        for attempt in range(1 + self.options.retries):
-            if batch.dead:
-                raise Unanswered(batch.dead, passing=True, dead=True)
-            try:
-                return await self._once(batch.client, body)
-            except Unanswered as error:
-                last = attempt == self.options.retries
-                if last and error.dead:
-                    batch.dead = str(error)
-                if last or not error.passing:
-                    raise
-                pause = max(error.after, self.options.backoff * 2**attempt * self._jitter.uniform(0.5, 1))
-                logger.debug("judge '{}', attempt {}: {}", self.rubric.name, attempt + 1, error)
-            await asyncio.sleep(min(pause, LONGEST_PAUSE))
-        raise AssertionError("the last attempt returns or raises")
+        return await batch.patiently(lambda: self._once(batch, body), f"judge '{self.rubric.name}'")
 
-    async def _once(self, client: httpx2.AsyncClient, body: Message) -> Reply:
+    async def _once(self, batch: Exchange, body: Message) -> Reply:
         """One request."""
-        import httpx2
-
-        at = self.options.server
-        try:
-            async with asyncio.timeout(self.options.timeout):
-                answer = await client.post(f"{at}/chat/completions", json=body)
-        except (TimeoutError, httpx2.TimeoutException) as error:
-            dead = isinstance(error, httpx2.ConnectTimeout)
-            reason = f"no answer from {at} within {self.options.timeout:g} s"
-            raise Unanswered(reason, passing=True, dead=dead) from error
-        except httpx2.TransportError as error:
-            said = str(error) or type(error).__name__
-            dead = isinstance(error, httpx2.ConnectError)
-            raise Unanswered(f"no answer from {at}: {said}", passing=True, dead=dead) from error
+        answer = await batch.post(f"{self.options.server}/chat/completions", body)
         if answer.status_code != 200:
-            raise self._refused(answer)
+            raise self._refused(batch, answer)
         try:
             reply = parsed(answer.content)
         except Malformed as error:
             raise Unanswered(str(error), passing=True) from error
         return self._from_the_right_model(reply)
 
-    def _refused(self, answer: httpx2.Response) -> Unanswered:
+    def _refused(self, batch: Exchange, answer: httpx2.Response) -> Unanswered:
         """An answer with an error status."""
-        code, said = answer.status_code, " ".join(answer.text.split())[:200]
-        wait = answer.headers.get("retry-after", "")
-        after = float(wait) if wait.isdecimal() else 0.0
-        reason = f"{self.options.server} answered with status {code}: {said}"
-        if code in (400, 422) and "logprobs" in said and not self.has_logprobs:
-            self._say_that_levels_are_averaged(said)
-            return NoLogprobs(reason, passing=False)
-        return Unanswered(reason, passing=code >= 500 or code in PASSING, after=after)
+        refusal = batch.refusal(answer)
+        if answer.status_code in (400, 422) and "logprobs" in str(refusal) and not self.has_logprobs:
+            self._say_that_levels_are_averaged(said_in(answer))
+            return NoLogprobs(str(refusal), passing=False)
+        return refusal
 
     def _from_the_right_model(self, reply: Reply) -> Reply:
         """The reply, if the model that was asked gave it."""
@@ -276,29 +213,9 @@ class ServerJudge:
         return reply
 
     def _client(self) -> httpx2.AsyncClient:
-        """A client for one call: no connection outlives it."""
-        import httpx2
+        """A client for one call."""
+        headers = bearer(self.options.api_key_env, "api_key_env")
+        return new_client(str(self.options.server), headers, self.options.timeout, self.options.concurrency)
 
-        host = urlsplit(str(self.options.server)).hostname
-        limits = httpx2.Limits(max_connections=self.options.concurrency)
-        return httpx2.AsyncClient(
-            headers=self._headers(), timeout=self.options.timeout, limits=limits,
-            trust_env=host not in ("localhost", "127.0.0.1", "::1"),
-        )  # fmt: skip
-
-    def _headers(self) -> dict[str, str]:
-        name = self.options.api_key_env
-        if name is None:
-            return {}
-        key = os.environ.get(name, "")
-        if not key:
-            raise VelaturaError(
-                f"the environment has no {name}, which `api_key_env` names. Set it to the server's key."
-            )
-        return {"Authorization": f"Bearer {key}"}
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Finish asynchronous work in a thread of its own: the caller's may have a loop that runs, as in a notebook."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vlm-judge") as thread:
-        return thread.submit(asyncio.run, work).result()
+    def _exchange(self, client: httpx2.AsyncClient, at_once: int) -> Exchange:
+        return Exchange(client, str(self.options.server), self.options, asyncio.Semaphore(at_once))
