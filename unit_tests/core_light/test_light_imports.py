@@ -30,6 +30,8 @@ def probe(*arguments: str) -> dict[str, object]:
     [
         (["--help"], 0),
         (["run", "--help"], 0),
+        (["rewards", "bench", "--help"], 0),
+        (["serve-reward", "--help"], 0),
         (["plugins", "list"], 0),
         (["schema"], 0),
         (["check", "recipe.yaml", "sead=1"], 2),

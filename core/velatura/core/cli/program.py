@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from velatura.core import __version__
-from velatura.core.cli import check, evaluate, export, plugins, report, run, sample, schema, serve_reward
+from velatura.core.cli import check, evaluate, export, plugins, report, rewards, run, sample, schema, serve_reward
 from velatura.core.errors import VelaturaError, suggest
 
 VERBS = {
@@ -19,6 +19,7 @@ VERBS = {
     "report": report,
     "export": export,
     "sample": sample,
+    "rewards": rewards,
     "serve-reward": serve_reward,
     "plugins": plugins,
     "schema": schema,
