@@ -91,7 +91,7 @@ def request_for(reward: str, samples: Sequence[Sample], to_url: Callable[[Tensor
     Of `metadata` goes along what JSON can say.
     """
     rows: dict[int, int] = {}
-    prompts = []
+    prompts: list[dict[str, Any]] = []
     for sample in samples:
         if id(sample.prompt) not in rows:
             rows[id(sample.prompt)] = len(prompts)

@@ -96,6 +96,11 @@ class Http(RewardModel[HttpOptions]):
                     f"reward 'http' cannot ask for {options.reward!r}: {said}.{self._hint(error)}"
                 ) from error
         self._version = self._version or answer.reward_version
+        (entry,) = answer.entries
+        if entry.status is Status.FAILED:
+            logger.warning(
+                "reward {!r} at {} failed on a grey picture: {}", options.reward, options.server, entry.reason
+            )
         logger.info("reward {!r} at {}, version {}", options.reward, options.server, self._version or "not said")
 
     def _hint(self, error: Exception) -> str:
