@@ -46,7 +46,7 @@ def test_every_reward_is_served_once_by_the_name_it_has_in_the_recipe(served: Ma
 
 def test_two_rewards_of_one_name_are_refused_unless_a_stage_is_chosen(served: Make) -> None:
     other = SHARPNESS | {"with": {"gain": 2.0}}
-    with pytest.raises(VelaturaError, match="stages 's0' and 's1' have different rewards called 'sharp'.*--stage s0"):
+    with pytest.raises(VelaturaError, match=r"stages 's0' and 's1' have different rewards called 'sharp'.*--stage s0"):
         served([SHARPNESS], [other])
     assert served([SHARPNESS], [other], stage="s1")["sharp"].model.options.gain == 2
 

@@ -11,9 +11,9 @@ def velatura_reward() -> Sequence[str]:
     return [
         "brisque = velatura.rewards.brisque:Brisque",
         "clip-score = velatura.rewards.image_text:ClipScore",
-        "ocr = velatura.rewards.ocr:Ocr",
         "function = velatura.rewards.function:Function",
         "http = velatura.rewards.remote:Http",
+        "ocr = velatura.rewards.ocr:Ocr",
         "pickscore = velatura.rewards.image_text:PickScore",
         "saturation = velatura.rewards.guards:Saturation",
         "spectrum = velatura.rewards.guards:Spectrum",
