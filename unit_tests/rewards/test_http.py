@@ -19,6 +19,7 @@ import httpx2
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 from PIL import Image
 from torch import Tensor
 
@@ -475,3 +476,13 @@ def test_a_picture_that_a_png_cannot_hold_says_so() -> None:
 def test_an_address_that_is_none(server: str) -> None:
     with pytest.raises(ValueError, match="is no address; write it like http://localhost:8188"):
         HttpOptions(server=server, reward="x")
+
+
+def test_a_reward_that_fails_on_the_grey_picture_is_warned_about(answering: Make, reward: Make) -> None:
+    said: list[str] = []
+    number = logger.add(lambda message: said.append(str(message)), level="WARNING", format="{message}")
+    try:
+        reward(answering(lambda number, body: scored([{"status": "failed", "reason": "no weights"}])))
+    finally:
+        logger.remove(number)
+    assert "failed on a grey picture: no weights" in "".join(said)

@@ -28,7 +28,7 @@ FLAWED: Outcome = (0.0, Status.FAILED, "the picture holds values that are not fi
 class FunctionOptions(Options):
     """Which function, and how it is called."""
 
-    file: str = Field(min_length=1, description="Python file, seen from the recipe, such as redness.py beside it.")
+    file: str = Field(min_length=1, description="Python file, seen from the recipe, like `redness.py`.")
     call: str = Field(min_length=1, description="Name of the function in it.")
     batch: bool = Field(
         False,
