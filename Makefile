@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest unit_tests integration_tests
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile unit_tests integration_tests
 
 lint: $(VENV)/.installed-dev
 	$(RUN)/ruff check .
