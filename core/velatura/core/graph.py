@@ -89,10 +89,10 @@ def dependencies(stages: Mapping[str, Stage], name: str) -> list[str]:
     """The stages whose results this one reads, in the order of the recipe."""
     stage = stages[name]
     targets = {reference.target for reference in references(name, stage)}
-    if isinstance(stage, DistillStage):  # a route without prompts takes those its teacher was trained on
+    if isinstance(stage, DistillStage):  # a route without prompts or a task takes those its teacher was trained on
         for route, teacher in stage.teachers.items():
             origin = getattr(stages.get(teacher), "prompts", None)
-            if route not in stage.prompts and isinstance(origin, str):
+            if route not in (*stage.prompts, *stage.tasks) and isinstance(origin, str):
                 targets.add(origin)
     return [other for other in stages if other in targets and other != BASE]
 

@@ -191,7 +191,7 @@ class Recipe(Settings):
             return dict(stage.tasks) or self._all_tasks()
         if isinstance(stage, DistillStage):
             origins = {route: stage.prompts.get(route, teacher) for route, teacher in stage.teachers.items()}
-            return {route: task for route, origin in origins.items() if (task := self.task_of(origin))}
+            return {r: task for r, origin in origins.items() if (task := stage.tasks.get(r) or self.task_of(origin))}
         task = self.task_of(name)
         return {name: task} if task else {}
 

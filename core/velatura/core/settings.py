@@ -218,6 +218,11 @@ class DistillStage(Settings):
     prompts: dict[str, str] = Field(
         default_factory=dict, description="Route -> curate stage; what the teacher was trained on, when left out."
     )
+    tasks: dict[str, Ref] = Field(
+        default_factory=dict,
+        description="Route -> task, whose train prompts are used in place of those: distillation needs no rewards, so "
+        "any prompt will do, and more of them teach more.",
+    )
     guidance: Ref = Ref(use="teacher-only")
     kernel: Ref = Ref(use="ode")
     timesteps: Ref = Ref(use="all")
@@ -256,6 +261,11 @@ class DistillStage(Settings):
         for route in self.prompts:
             if route not in self.teachers:
                 raise ValueError(f"'prompts' has a route {route!r}, for which 'teachers' names nobody")
+        for route in self.tasks:
+            if route not in self.teachers:
+                raise ValueError(f"'tasks' has a route {route!r}, for which 'teachers' names nobody")
+            if route in self.prompts:
+                raise ValueError(f"route {route!r} has both 'prompts' and 'tasks'. Leave one of them out")
         return self
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from velatura.core.components import Distiller, TimestepSampler
+from velatura.core.components import Distiller, Task, TimestepSampler
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
 from velatura.core.errors import RecipeError
@@ -184,17 +184,27 @@ def run(stage: StageRun) -> dict[str, Any]:
 
 
 def route_prompts(stage: StageRun, route: str) -> Sequence[Prompt]:
-    """The prompts of a route: those named for it, or those its teacher was trained on."""
+    """The prompts of a route: those named for it, its task's, or those its teacher was trained on."""
+    if route in stage.config.tasks:
+        return task_of_route(stage, route).prompts("train")
     teacher = stage.recipe.stage(stage.config.teachers[route])
     source = stage.config.prompts.get(route) or getattr(teacher, "prompts", None)
     if source:
         return kept_prompts(stage, source)
-    return stage.task_of(stage.config.teachers[route]).prompts("train")
+    return task_of_route(stage, route).prompts("train")
+
+
+def task_of_route(stage: StageRun, route: str) -> Task[Any]:
+    """The task named for a route, or its teacher's."""
+    if route in stage.config.tasks:
+        task: Task[Any] = stage.build("task", stage.config.tasks[route], f"tasks.{route}")
+        return task
+    return stage.task_of(stage.config.teachers[route])
 
 
 def held_out(stage: StageRun, route: str) -> list[Prompt]:
     """Evaluation prompts of a route, for the fixed probe states."""
-    prompts = stage.task_of(stage.config.teachers[route]).prompts("eval")
+    prompts = task_of_route(stage, route).prompts("eval")
     return [prompts[i] for i in range(min(len(prompts), stage.config.probe_prompts))]
 
 
