@@ -290,6 +290,20 @@ def test_a_route_without_a_teacher(pipeline: str) -> None:
     )
 
 
+def test_a_student_may_have_tasks_of_its_own(pipeline: str) -> None:
+    own = load_recipe(pipeline, ["stages.student.tasks.t2i={use: other, with: {count: 9}}"])
+    assert own.tasks_of("student") == {"t2i": Ref.model_validate({"use": "other", "with": {"count": 9}})}
+    assert own.dependencies("student") == ["teacher"]  # what was chosen for its teacher does not matter
+    assert own.task_of("teacher") == Ref(use="world")
+    assert ("stages", "student", "tasks", "t2i") in [place for place, kind, _ in own.references() if kind == "task"]
+    assert message(pipeline, "stages.student.tasks.edit=world") == (
+        "recipe.yaml:13: stages.student: 'tasks' has a route 'edit', for which 'teachers' names nobody"
+    )
+    assert "route 't2i' has both 'prompts' and 'tasks'. Leave one of them out" in message(
+        pipeline, "stages.student={stage: distill, teachers: {t2i: teacher}, prompts: {t2i: pick}, tasks: {t2i: world}}"
+    )
+
+
 def test_a_plugin_that_is_not_a_file(pipeline: str) -> None:
     assert message(pipeline, "plugins=[acme]") == (
         "command line: plugins.0: 'acme' is not a .py file; an installed plugin is used by naming it: 'use: acme/...'"

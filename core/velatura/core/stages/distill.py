@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from velatura.core.components import Distiller, Task, TimestepSampler
@@ -186,7 +187,9 @@ def run(stage: StageRun) -> dict[str, Any]:
 def route_prompts(stage: StageRun, route: str) -> Sequence[Prompt]:
     """The prompts of a route: those named for it, its task's, or those its teacher was trained on."""
     if route in stage.config.tasks:
-        return task_of_route(stage, route).prompts("train")
+        found = task_of_route(stage, route).prompts("train")
+        logger.info("{}: {} prompts of task '{}'", stage.name, len(found), stage.config.tasks[route].use)
+        return found
     teacher = stage.recipe.stage(stage.config.teachers[route])
     source = stage.config.prompts.get(route) or getattr(teacher, "prompts", None)
     if source:
