@@ -221,7 +221,7 @@ class DistillStage(Settings):
     tasks: dict[str, Ref] = Field(
         default_factory=dict,
         description="Route -> task, whose train prompts are used in place of those: distillation needs no rewards, so "
-        "any prompt will do, and more of them teach more.",
+        "any prompt will do.",
     )
     guidance: Ref = Ref(use="teacher-only")
     kernel: Ref = Ref(use="ode")
