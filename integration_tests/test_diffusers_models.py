@@ -62,6 +62,7 @@ stages:
   student:
     stage: distill
     teachers: {t2i: t2i, edit: edit}
+    tasks: {t2i: {use: prompts, with: {file: more.jsonl, eval_file: t2i.jsonl}}}
     guidance: {use: teacher-only, with: {scale: 2.0}}
     steps: 2
     prompts_per_step: 4
@@ -92,13 +93,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     t2i = [{"prompt": "a red fox"}, {"prompt": "two blue birds on a wire", "size": [32, 64]}]
     edits = [{"prompt": f"make it {name}", "sources": [f"{name}.png"]} for name in ("wide", "high")]
     edits.append({"prompt": "put one beside the other", "sources": ["wide.png", "high.png"]})
-    for name, lines in (("t2i", t2i), ("edit", edits)):
+    more = [{"prompt": f"a {colour} fox"} for colour in ("green", "grey", "white")]
+    for name, lines in (("t2i", t2i), ("edit", edits), ("more", more)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path
 
 
-def test_teachers_and_a_student_of_a_stock_model(workspace: Path) -> None:
+def test_teachers_and_a_student_of_a_stock_model(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "recipe.yaml"]) == 0
+    assert "student: 3 prompts of task 'prompts'" in capsys.readouterr().out
     run = workspace / "runs" / "recipe"
     for stage in ("t2i", "edit", "student"):
         facts = json.loads((run / stage / "manifest.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from inspect import isgenerator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class Seen:
 
         def call(*arguments: Any, **named: Any) -> Any:
             result = original(*arguments, **named)
+            result = list(result) if isgenerator(result) else result
             for label, value in what(result, *arguments, *named.values()):
                 self.note(label, value)
             return result
@@ -120,7 +122,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         yield from (("weights", p) for p in module.parameters())
 
     def gradients(result: Any, *_: Any) -> Iterator[Any]:
-        yield from (("gradients", g) for g in result.values())
+        yield from (("gradients", gradient) for _, gradient in result)
 
     found.spy(monkeypatch, Ode, "step", step)
     found.spy(monkeypatch, NFT, "loss", loss)

@@ -295,6 +295,7 @@ def test_a_student_may_have_tasks_of_its_own(pipeline: str) -> None:
     assert own.tasks_of("student") == {"t2i": Ref.model_validate({"use": "other", "with": {"count": 9}})}
     assert own.dependencies("student") == ["teacher"]  # what was chosen for its teacher does not matter
     assert own.task_of("teacher") == Ref(use="world")
+    assert own.tasks_of("compare") == {"t2i": Ref(use="world")}  # measured where its teacher is
     assert ("stages", "student", "tasks", "t2i") in [place for place, kind, _ in own.references() if kind == "task"]
     assert message(pipeline, "stages.student.tasks.edit=world") == (
         "recipe.yaml:13: stages.student: 'tasks' has a route 'edit', for which 'teachers' names nobody"

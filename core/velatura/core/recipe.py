@@ -190,22 +190,28 @@ class Recipe(Settings):
         if isinstance(stage, EvaluateStage):
             return dict(stage.tasks) or self._all_tasks()
         if isinstance(stage, DistillStage):
-            origins = {route: stage.prompts.get(route, teacher) for route, teacher in stage.teachers.items()}
-            return {r: task for r, origin in origins.items() if (task := stage.tasks.get(r) or self.task_of(origin))}
+            return self._tasks_behind(stage) | stage.tasks
         task = self.task_of(name)
         return {name: task} if task else {}
+
+    def _tasks_behind(self, stage: DistillStage) -> dict[str, Ref]:
+        """Route -> task of the prompts that its teacher was trained on, or that were chosen for it."""
+        origins = {route: stage.prompts.get(route, teacher) for route, teacher in stage.teachers.items()}
+        return {route: task for route, origin in origins.items() if (task := self.task_of(origin))}
 
     def _all_tasks(self) -> dict[str, Ref]:
         """Every task once; its route is what a distill stage calls it, otherwise the first stage that has it.
 
-        Tasks of supervised stages count where there are no others: what a base model learns from is no test.
+        Tasks of supervised stages count where there are no others: what a base model learns from is no test. Nor do
+        those that a distill stage has of its own: a student is measured where its teachers are.
         """
         found: dict[str, Ref] = {}
         for kinds in (("distill",), ("curate", "rl"), ("supervised",)):
             if kinds == ("supervised",) and found:
                 break
-            for name in (name for name, stage in self.stages.items() if stage.stage in kinds):
-                found |= {r: t for r, t in self.tasks_of(name).items() if r not in found and t not in found.values()}
+            for name, stage in ((name, stage) for name, stage in self.stages.items() if stage.stage in kinds):
+                own = self._tasks_behind(stage) if isinstance(stage, DistillStage) else self.tasks_of(name)
+                found |= {r: t for r, t in own.items() if r not in found and t not in found.values()}
         return found
 
     def references(self) -> Iterator[tuple[Location, str, Ref]]:
