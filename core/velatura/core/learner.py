@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective
 from velatura.core.encoding import Encoder
 from velatura.core.engine.protocol import Engine
-from velatura.core.points import MicroBatch
+from velatura.core.points import MicroBatch, idle
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.rollout import guided_velocity
 from velatura.core.types import Conditioning, Role
@@ -74,11 +74,30 @@ class Learner:
         last = len(batches) - 1
         for i, (batch, frozen) in enumerate(zip(batches, self.frozen(batches, tally), strict=True)):
             self.accumulate(batch, tally, last=i == last, frozen=frozen)
+        tally = self._of_all_ranks(tally)
         info = self.engine.step()
         if info.updated:
             self.policy.changed()
         tally.metrics |= {"grad_norm": info.grad_norm, "lr": info.lr, "updated": float(info.updated)}
         return tally
+
+    def even(self, batches: Sequence[MicroBatch], spare: Callable[[], MicroBatch]) -> list[MicroBatch]:
+        """As many micro-batches as the rank that has most: DeepSpeed waits for every rank in every backward.
+
+        What is added weighs nothing; `spare` makes one where there is none. Collective.
+        """
+        most = max(self.engine.gather_object(len(batches)))
+        missing = most - len(batches)
+        return [*batches, *([idle(batches[0] if batches else spare())] * missing if missing else ())]
+
+    def _of_all_ranks(self, mine: Tally) -> Tally:
+        """Sums over ranks: weights of points are shares of the whole step."""
+        if self.engine.world_size == 1:
+            return mine
+        total = Tally()
+        for tally in self.engine.gather_object(mine):
+            total.include(tally, 1.0)
+        return total
 
     def accumulate(self, batch: MicroBatch, tally: Tally, *, last: bool, frozen: Frozen | None = None) -> None:
         """Forward and backward of one micro-batch; metrics are weighted by its share of the points."""

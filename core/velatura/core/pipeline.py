@@ -26,6 +26,7 @@ from velatura.core import __version__
 from velatura.core.build import open_registry, resolve_options
 from velatura.core.checkpoint import write_json_atomic, write_text_atomic
 from velatura.core.errors import CheckpointError, RecipeError, VelaturaError
+from velatura.core.ranks import Ranks, join, threads_of_process
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
 from velatura.core.settings import ExportStage
@@ -83,23 +84,25 @@ def run_pipeline(
     from velatura.core.check import check_combinations
 
     plan = plan_run(recipe_path, overrides)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise VelaturaError(
-            "this version runs a recipe in one process, but WORLD_SIZE is above 1: every process would do all the "
-            "work. Start it with plain `velatura run`."
-        )
     for warning in check_combinations(plan.recipe, plan.registry):
         logger.warning(warning)
+    ranks = join(plan.recipe.engine.device)
     order = [name for name in plan.recipe.order() if only is None or name == only]
     if only is not None and not order:
         raise RecipeError(f"the recipe has no stage '{only}'. There is: {', '.join(plan.recipe.order())}.")
-    if only is not None:
-        _require_current(plan, only)
-    _claim(plan, recipe_path, overrides, remember=remember)
-    if fresh:
-        _put_aside(plan.folder, [name for name in order if (plan.folder / name).exists()])
+
+    def begin() -> None:
+        if only is not None:
+            _require_current(plan, only)
+        _claim(plan, recipe_path, overrides, remember=remember)
+        if fresh:
+            _put_aside(plan.folder, [name for name in order if (plan.folder / name).exists()])
+
+    ranks.from_first(begin)
+    if not ranks.first:
+        logger.add(plan.folder / "logs" / f"process-{ranks.rank}.log", level="DEBUG")
     for number, name in enumerate(order, start=1):
-        _run_stage(plan, name, console, label=f"{number}/{len(order)}")
+        _run_stage(plan, ranks, name, console, label=f"{number}/{len(order)}")
     return plan.folder
 
 
@@ -265,8 +268,8 @@ def _put_aside(folder: Path, stages: Sequence[str]) -> None:
         logger.info("{}: the earlier result is kept in {}", name, target)
 
 
-def _run_stage(plan: Plan, name: str, console: Console | None, *, label: str) -> None:
-    """Skip, resume or run one stage."""
+def _begin_stage(plan: Plan, name: str, label: str) -> dict[str, Any] | None:
+    """The manifest of a stage that is to be run or resumed; None where it is done."""
     folder = plan.folder / name
     inputs = stage_inputs(plan, name)
     manifest_path = folder / "manifest.json"
@@ -276,7 +279,7 @@ def _run_stage(plan: Plan, name: str, console: Console | None, *, label: str) ->
         if not changed and manifest["status"] == "finished":
             _require_untouched(folder, manifest)
             logger.info("[{}] {}: finished before and unchanged", label, name)
-            return
+            return None
         if changed:
             logger.info("[{}] {}: done again, because this changed: {}", label, name, ", ".join(changed))
             _put_aside(plan.folder, [name])
@@ -293,12 +296,22 @@ def _run_stage(plan: Plan, name: str, console: Console | None, *, label: str) ->
     }
     write_json_atomic(manifest_path, manifest)
     logger.info("[{}] {}: {}", label, name, config.stage)
+    return manifest
+
+
+def _run_stage(plan: Plan, ranks: Ranks, name: str, console: Console | None, *, label: str) -> None:
+    """Skip, resume or run one stage."""
+    manifest = ranks.from_first(lambda: _begin_stage(plan, name, label))
+    if manifest is None:
+        return
+    folder = plan.folder / name
     begin = time.perf_counter()
     try:
-        result = _execute(plan, name, config, console)
+        result = _execute(plan, ranks, name, console)
     except BaseException as error:
         ending = {"status": "failed" if isinstance(error, Exception) else "interrupted", "error": str(error)}
-        _close(manifest_path, manifest, begin, ending)
+        if ranks.first:
+            _close(folder / "manifest.json", manifest, begin, ending)
         if _is_full(error):
             free = shutil.disk_usage(plan.folder).free
             raise VelaturaError(
@@ -306,9 +319,11 @@ def _run_stage(plan: Plan, name: str, console: Console | None, *, label: str) ->
                 f"saved before is intact; make room and run the same command again."
             ) from error
         raise
-    _close(manifest_path, manifest, begin, {
-        "status": "finished", "result": result, "output": result_hash(folder)
-    })  # fmt: skip
+    if ranks.first:
+        _close(folder / "manifest.json", manifest, begin, {
+            "status": "finished", "result": result, "output": result_hash(folder)
+        })  # fmt: skip
+    ranks.barrier()
 
 
 def _require_untouched(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -343,7 +358,7 @@ def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
 
 
-def _execute(plan: Plan, name: str, config: Any, console: Console | None) -> dict[str, Any]:
+def _execute(plan: Plan, ranks: Ranks, name: str, console: Console | None) -> dict[str, Any]:
     import torch
 
     from velatura.core.allocator import keep_freed_memory
@@ -351,10 +366,11 @@ def _execute(plan: Plan, name: str, config: Any, console: Console | None) -> dic
 
     keep_freed_memory()
 
+    config = plan.recipe.stage(name)
     module = import_module(f"velatura.core.stages.{config.stage}")
     engine = plan.recipe.engine
-    if engine.threads:
-        torch.set_num_threads(engine.threads)
+    if threads := threads_of_process(engine.threads):
+        torch.set_num_threads(threads)
     device = engine.device if engine.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     run = StageRun(
         name=name,
@@ -367,8 +383,8 @@ def _execute(plan: Plan, name: str, config: Any, console: Console | None) -> dic
         device=torch.device(device),
         base=plan.base,
         console=console,
+        ranks=ranks,
     )
-    run.observers += [
-        run.build("observer", ref, f"observers.{i}") for i, ref in enumerate(getattr(config, "observers", []))
-    ]
+    watching = getattr(config, "observers", []) if ranks.first else []
+    run.observers += [run.build("observer", ref, f"observers.{i}") for i, ref in enumerate(watching)]
     return dict(module.run(run))

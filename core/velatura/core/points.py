@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,16 @@ def pieces(groups: Sequence[Group], points_per_sample: int, limit: int) -> Itera
             size += own
     if batch:
         yield batch
+
+
+def idle(batch: MicroBatch) -> MicroBatch:
+    """The first point of a batch, weighing nothing: a rank that has run out of work still takes part in a backward."""
+    row = int(batch.rows[0])
+    first = {
+        field.name: value[:1] for field in fields(Points) if (value := getattr(batch.points, field.name)) is not None
+    }
+    points = Points(**first | {"weight": torch.zeros_like(first["weight"])})
+    return replace(batch, prompts=(batch.prompts[row],), rows=torch.zeros_like(batch.rows[:1]), points=points)
 
 
 def forward_points(

@@ -72,7 +72,9 @@ class Engine(Settings):
         1, description="What DeepSpeed spreads over processes: 1 optimiser states, 2 also gradients."
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the network; latents and losses stay fp32.")
-    threads: Count | None = Field(None, description="CPU threads per process; torch decides when left out.")
+    threads: Count | None = Field(
+        None, description="CPU threads, shared by the processes of a machine; torch decides when left out."
+    )
     device: str = Field("auto", description="`auto` takes the GPU when there is one; or `cpu`, `cuda`, `cuda:1`.")
     raw: dict[str, Any] = Field(default_factory=dict, description="Merged into the DeepSpeed configuration as it is.")
 

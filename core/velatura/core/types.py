@@ -251,6 +251,10 @@ class Advantages:
     """[B] bool: samples that may carry a gradient."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def of(self, rows: Tensor) -> Advantages:
+        """Those of the samples at `rows` [B']."""
+        return replace(self, values=self.values[rows], valid=self.valid[rows])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Points:

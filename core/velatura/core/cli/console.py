@@ -20,3 +20,10 @@ def say_through(console: Console) -> None:
 
     logger.remove()
     logger.add(write, level="INFO", format="{message}")
+
+
+def say_nothing() -> None:
+    """A process beside the first shows nothing; the run gives it a log file."""
+    from loguru import logger
+
+    logger.remove()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from velatura.core import __version__
 from velatura.core.cli import check, evaluate, export, plugins, report, rewards, run, sample, schema, serve_reward
 from velatura.core.errors import VelaturaError, suggest
+from velatura.core.ranks import FailedElsewhere, rank
 
 VERBS = {
     "run": run,
@@ -38,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         return _dispatch(arguments)
+    except FailedElsewhere:
+        return USER_ERROR
     except VelaturaError as error:
+        if rank() > 0:  # what all processes find wrong the first one says, and then the launcher ends this one
+            time.sleep(3)
         print(f"velatura: {error}", file=sys.stderr)
         return USER_ERROR
     except FileNotFoundError as error:

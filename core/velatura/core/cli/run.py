@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from velatura.core.cli.arguments import Verbs, add_recipe, new_parser
-from velatura.core.cli.console import say_through
+from velatura.core.cli.arguments import Verbs, add_recipe, new_console, new_parser
+from velatura.core.cli.console import say_nothing, say_through
+from velatura.core.errors import VelaturaError
+from velatura.core.ranks import rank, world_size
+
+if TYPE_CHECKING:
+    from velatura.core.recipe import Recipe
 
 
 def add(name: str, verbs: Verbs) -> None:
@@ -16,6 +22,11 @@ def add(name: str, verbs: Verbs) -> None:
     add_recipe(parser)
     parser.add_argument("--stage", metavar="NAME", help="only this stage; what it builds on must be done")
     parser.add_argument("--fresh", action="store_true", help="do every stage again, whatever is there")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N",
+        help="share the work among N processes of this machine, usually one for each GPU; the result is that of one "
+        "process up to the rounding of sums",
+    )  # fmt: skip
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -24,15 +35,45 @@ def _run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)  # its mistakes are told before torch is imported
     if arguments.stage is not None:
         recipe.stage(arguments.stage)
-
-    from rich.console import Console
+    check_processes(arguments.processes, recipe)
+    if arguments.processes > 1:
+        return _launch(arguments)
 
     from velatura.core.closing import close
     from velatura.core.pipeline import run_pipeline
 
-    console = Console()
-    say_through(console)
+    first = rank() == 0
+    console = new_console() if first else None
+    if console is not None:
+        say_through(console)
+    else:
+        say_nothing()
     options = {"only": arguments.stage, "fresh": arguments.fresh, "console": console}
     folder = run_pipeline(arguments.recipe, arguments.overrides, **options)
-    close(folder, console)
+    if console is not None:
+        close(folder, console)
     return 0
+
+
+def check_processes(processes: int, recipe: Recipe) -> None:
+    """Refuse what cannot be started, or would be started twice."""
+    if processes < 1:
+        raise VelaturaError(f"--processes {processes}: at least one process has to do the work.")
+    if processes > 1 and world_size() > 1:
+        raise VelaturaError(
+            f"--processes {processes}, but a launcher has already started {world_size()} processes (WORLD_SIZE is "
+            f"set). Leave one of the two out."
+        )
+    if recipe.engine.kind == "local" and max(processes, world_size()) > 1:
+        raise VelaturaError(
+            f"{recipe.at(('engine', 'kind'))}: 'local' is one process, and {max(processes, world_size())} are asked "
+            f"for. Use 'deepspeed', or one process."
+        )
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from velatura.core.launch import launch
+
+    options = ["--stage", arguments.stage] if arguments.stage is not None else []
+    options += ["--fresh"] if arguments.fresh else []
+    return launch(["run", str(arguments.recipe), *arguments.overrides, *options], arguments.processes)

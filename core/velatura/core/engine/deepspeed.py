@@ -20,6 +20,7 @@ from velatura.core.checkpoint import match_tensors
 from velatura.core.engine.local import MOMENTS, adamw, choose_device, clip, placed, set_rate, trained_parameters
 from velatura.core.engine.protocol import EngineConfig, OptimizerConfig, StepInfo
 from velatura.core.errors import VelaturaError
+from velatura.core.ranks import leave
 
 T = TypeVar("T")
 
@@ -82,7 +83,9 @@ class DeepSpeedEngine:
 
     def _step_sharded(self) -> tuple[float, bool]:
         """DeepSpeed clips, and skips the update where the norm is not finite."""
-        self._engine.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor", category=FutureWarning)
+            self._engine.step()
         return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
 
     def _step_whole(self) -> tuple[float, bool]:
@@ -243,15 +246,9 @@ def _launch(device: torch.device) -> Any:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        atexit.register(_leave)
+        atexit.register(leave)
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists
     return deepspeed
-
-
-def _leave() -> None:
-    """Leave the other processes in order: gloo's threads, torn down with the interpreter, now and then abort it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _local_device(device: torch.device) -> torch.device:

@@ -24,6 +24,7 @@ from velatura.core.engine import EngineConfig
 from velatura.core.errors import CheckpointError, RecipeError
 from velatura.core.judge import Judge, WeightedReward
 from velatura.core.policy import Policy
+from velatura.core.ranks import Ranks, threads_of_process
 from velatura.core.recipe import Recipe, Ref, RewardRef
 from velatura.core.registry import Registry
 from velatura.core.types import Context, Prompt
@@ -52,6 +53,8 @@ class StageRun:
     console: Any = None
     """rich Console for the progress bar; None is silent."""
     observers: list[Observer[Any]] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that do this stage together."""
 
     def build(self, kind: str, ref: Ref | str, at: str) -> Any:
         """A component of the recipe, set up."""
@@ -104,7 +107,8 @@ class StageRun:
 
     def engine_config(self) -> EngineConfig:
         """The engine of the recipe."""
-        return EngineConfig(**self.recipe.engine.model_dump())
+        engine = self.recipe.engine
+        return EngineConfig(**engine.model_dump() | {"threads": threads_of_process(engine.threads)})
 
     def load_policy(self, adapter: ModelAdapter[Any], source: str) -> Policy:
         """The network wearing the weights of a stage, or of the base."""

@@ -48,10 +48,16 @@ def run(stage: StageRun) -> dict[str, Any]:
     prompts = [train[i] for i in range(count)]
     blocks = max(1, config.sampling.batch // config.group_size)
     with stage.judge(config.rewards, config.max_failed) as judge, stage.progress(count, unit="prompts") as bar:
+        firsts = range(0, count, blocks)
+        own = {
+            i: measure(stage, policy, sampler, judge, prompts[i : i + blocks], i, bar) for i in stage.ranks.own(firsts)
+        }
+        failures = sum(stage.ranks.gather(sum(judge.failures.values())))
+        if not stage.ranks.first:
+            return {}
         reports = [
-            measure(stage, policy, sampler, judge, prompts[i : i + blocks], i, bar) for i in range(0, count, blocks)
+            own.get(i) or measure(stage, policy, sampler, judge, prompts[i : i + blocks], i, bar) for i in firsts
         ]
-        failures = sum(judge.failures.values())
     report = _whole(reports, prompts)
     admission = prompt_filter.admit(report)
     write_ledger(stage.folder / "ledger.parquet", report, admission)

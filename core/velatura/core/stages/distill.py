@@ -70,7 +70,10 @@ class Loop:
         total = Tally()
         with watch.phase("update"):
             for share in range(config.updates_per_step):
-                total.include(self.learner.learn(self.micro_batches(visits, share)), 1 / config.updates_per_step)
+                batches = self.learner.even(
+                    self.micro_batches(visits, share), lambda: self.ask(visits[0], [0], total=1)[0]
+                )
+                total.include(self.learner.learn(batches), 1 / config.updates_per_step)
         metrics = total.metrics | {
             "rows/forward": float(total.forward_rows),
             "rows/gradient": float(total.gradient_rows),
@@ -86,9 +89,10 @@ class Loop:
 
     def visit(self, index: int, route: str, prompts: Sequence[Prompt]) -> list[Visit]:
         """The student's own trajectories, without gradient."""
-        visits = []
-        for rows in by_layout(self.sampler.adapter, prompts):
-            own = [prompts[row] for row in rows]
+        visits, ranks = [], self.stage.ranks
+        mine = ranks.deal(len(prompts), self.stage.config.updates_per_step)[ranks.rank]
+        for numbers in by_layout(self.sampler.adapter, prompts, mine):
+            own = [prompts[number] for number in numbers]
             seeds = [[derive(self.stage.seed, "student", index, route, prompt.id)] for prompt in own]
             times = self.sampler.adapter.times(self.sampler.steps, own[0])
             plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index, route))
@@ -97,7 +101,7 @@ class Loop:
                     rollout(net, self.sampler, own, seeds, plan, keep_trajectory=True, encoder=self.learner.encoder)
                 )
             visits += [
-                Visit(chunk=chunk, prompts=own, numbers=rows, times=times, plan=plan, of=len(prompts))
+                Visit(chunk=chunk, prompts=own, numbers=numbers, times=times, plan=plan, of=len(prompts))
                 for chunk in chunks
             ]
         return visits
@@ -162,6 +166,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     prompts = {route: route_prompts(stage, route) for route in config.teachers}
     check_routes(stage, distiller, prompts)
     share = max(1, config.prompts_per_step // len(prompts))
+    stage.ranks.require(share, f"{stage.at('prompts_per_step')} (shared by {len(prompts)} teachers)")
     loop = Loop(
         stage=stage, training=training, learner=learner, distiller=distiller, sampler=sampler,
         timesteps=stage.build("timesteps", config.timesteps, "timesteps"),
@@ -171,7 +176,7 @@ def run(stage: StageRun) -> dict[str, Any]:
             for route, own in prompts.items()
         },
         probes=[make_probe(learner, sampler, route, f"teacher/{route}", held_out(stage, route), stage.seed)
-                for route in prompts],
+                for route in prompts if stage.ranks.first],
         showcases=[Showcase(stage, training.policy, sampler, own, label=route) for route, own in prompts.items()],
     )  # fmt: skip
     if training.start == 0:

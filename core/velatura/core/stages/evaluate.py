@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def run(stage: StageRun) -> dict[str, Any]:
     routes = routes_of_models(stage.recipe, stage.name, prompts, _look(stage))
     adapter = stage.adapter()
     lineage = {model: describe_model(stage, model, own) for model, own in routes.items()}
-    write_json_atomic(stage.folder / "models.json", lineage)
+    if stage.ranks.first:
+        write_json_atomic(stage.folder / "models.json", lineage)
     evaluators = [stage.build("evaluator", ref, f"evaluators.{i}") for i, ref in enumerate(config.evaluators)]
     pairs = [(model, route) for model, own in routes.items() for route in own]
     total = sum(len(prompts[route]) for _, route in pairs)
@@ -44,11 +46,14 @@ def run(stage: StageRun) -> dict[str, Any]:
     with stage.judge(config.rewards, 1.0) as judge, stage.progress(total, unit="prompts") as bar:
         for model, route in pairs:
             part = stage.folder / "parts" / f"{model}.{route}.parquet"
-            if not part.exists():
+            if stage.ranks.from_first(lambda part=part: not part.exists()):  # type: ignore[misc]
                 _measure(stage, adapter, judge, evaluators, lineage[model], (model, route), prompts[route], part, bar)
             else:
                 bar.tick("measured before", len(prompts[route]))
-            tables.append(pq.read_table(part))
+            if stage.ranks.first:
+                tables.append(pq.read_table(part))
+    if not stage.ranks.first:
+        return {}
     for route, own in prompts.items():
         _save_sources(stage.folder / "images" / "sources" / f"{route}.npz", own)
     _write_table(stage.folder / "samples.parquet", pa.concat_tables(tables, promote_options="default"))
@@ -109,23 +114,54 @@ def _measure(
         steps=config.sampling.steps,
         batch=config.sampling.batch,
     )
-    images: list[torch.Tensor] = []
-    rows: dict[str, list[Any]] = {}
+    drawn: list[Drawn] = []
     for first in range(0, len(prompts), BLOCK):
-        block = prompts[first : first + BLOCK]
+        numbers = stage.ranks.own(range(first, min(first + BLOCK, len(prompts))))
+        block = [prompts[i] for i in numbers]
+        bar.tick(f"{model} · {route}", min(BLOCK, len(prompts) - first))
+        if not block:
+            continue
         seeds = [[derive(stage.seed, "evaluate", p.id, j) for j in range(config.seeds_per_prompt)] for p in block]
         samples: list[Sample] = []
         with policy.wearing(CURRENT) as net:
             for chunk in rollout(net, sampler, block, seeds):
                 judge.submit(chunk.samples)
                 samples += chunk.samples
-        for name, column in _columns(model, route, samples, judge, evaluators, block).items():
-            rows.setdefault(name, []).extend(column)
-        images += [sample.image for sample in samples]
-        bar.tick(f"{model} · {route}", len(block))
-    _save_images(stage.folder / "images" / model / f"{route}.npz", images)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    _write_table(part, pa.table(rows))
+        drawn.append(Drawn(
+            prompts=[numbers[sample.group] for sample in samples],
+            columns=_columns(model, route, samples, judge, evaluators, block),
+            pixels=_pixels([sample.image for sample in samples]),
+        ))  # fmt: skip
+    every = [one for own in stage.ranks.gather(drawn) for one in own]
+    if stage.ranks.first:
+        images, rows = in_order(every)
+        path = stage.folder / "images" / model / f"{route}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, images=images)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _write_table(part, pa.table(rows))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What one rank drew and measured of a block."""
+
+    prompts: list[int]
+    """[n] number of each sample's prompt."""
+    columns: dict[str, list[Any]]
+    pixels: np.ndarray[Any, Any]
+    """uint8 [n H W 3]."""
+
+
+def in_order(parts: Sequence[Drawn]) -> tuple[np.ndarray[Any, Any], dict[str, list[Any]]]:
+    """All samples prompt by prompt, as one process draws them."""
+    numbers = [number for part in parts for number in part.prompts]
+    order = sorted(range(len(numbers)), key=lambda i: numbers[i])
+    columns: dict[str, list[Any]] = {}
+    for name in parts[0].columns:
+        values = [value for part in parts for value in part.columns[name]]
+        columns[name] = [values[i] for i in order]
+    return np.concatenate([part.pixels for part in parts])[order], columns
 
 
 def _columns(
@@ -169,11 +205,10 @@ def _write_table(path: Path, table: pa.Table) -> None:
     temporary.replace(path)
 
 
-def _save_images(path: Path, images: Sequence[torch.Tensor]) -> None:
-    """uint8 [n H W 3] in the order of the table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = (torch.stack(list(images)).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    np.savez_compressed(path, images=pixels)
+def _pixels(images: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
+    """uint8 [n H W 3]."""
+    pixels = (torch.stack(list(images)).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return np.asarray(pixels.numpy())
 
 
 def _save_sources(path: Path, prompts: Sequence[Prompt]) -> None:

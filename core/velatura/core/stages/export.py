@@ -26,7 +26,8 @@ def run(stage: StageRun) -> dict[str, Any]:
     steps = _steps(stage, source)
     info |= {"steps": steps} if steps else {}
     target = stage.folder / "model"
-    adapter.export(policy.net, target, info=info)
+    if stage.ranks.first:
+        adapter.export(policy.net, target, info=info)
     return {"folder": str(target), **info}
 
 

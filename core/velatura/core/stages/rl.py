@@ -14,6 +14,7 @@ from velatura.core.components import AdvantageEstimator, PromptFilter, TimestepS
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
 from velatura.core.events import RolloutDone
+from velatura.core.gathered import whole_report
 from velatura.core.judge import Judge
 from velatura.core.learner import SET_OF, Learner, Tally, sets_for
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
@@ -58,15 +59,19 @@ class Loop:
         prompts = next(self.stream)
         alike = by_layout(self.sampler.adapter, prompts)
         prompts = [prompts[row] for rows in alike for row in rows]  # those of one layout side by side
+        ranks = self.stage.ranks
+        dealt = ranks.deal(len(prompts), config.updates_per_step)
+        own = [prompts[i] for i in dealt[ranks.rank]]
         with watch.phase("rollout"):
-            made, rollout_rows = self.sample(index, prompts, [len(rows) for rows in alike])
+            made, rollout_rows = self.sample(index, own)
         with watch.phase("judge"):
-            report = self.judge.report(prompts)
-        self.stage.notify("rollout_done", RolloutDone(step=index, rollout=made, report=report))
+            judged = self.judge.report(own)
+            report, rows = whole_report(ranks, judged, prompts, dealt)
+        self.stage.notify("rollout_done", RolloutDone(step=index, rollout=made, report=judged))
         admitted = report if self.prompt_filter is None else report.only(self.prompt_filter.admit(report))
         advantages = self.advantage.estimate(admitted)
         with watch.phase("update"):
-            tally = self.learn(index, made, advantages)
+            tally = self.learn(index, made, advantages.of(rows), with_signal(report, advantages), dealt[ranks.rank])
         if SET_OF[Role.OLD] in self.learner.policy.sets:
             self.learner.policy.follow(SET_OF[Role.OLD], self.learner.objective.old_decay(index))
         if (index + 1) % config.pictures_every == 0 or index + 1 == config.steps:
@@ -77,18 +82,18 @@ class Loop:
             **{f"advantage/{name}": value for name, value in advantages.metrics.items()},
             **tally.metrics,
             **watch.seconds,
-            "rows/rollout": float(rollout_rows),
+            "rows/rollout": float(sum(ranks.gather(rollout_rows))),
             "rows/forward": float(tally.forward_rows),
             "rows/gradient": float(tally.gradient_rows),
         }
 
-    def sample(self, index: int, prompts: Sequence[Prompt], alike: Sequence[int]) -> tuple[Rollout, int]:
-        """G samples of each prompt, and the transformer rows they took; the first alike[0] prompts share a layout, and
-        so on. Every chunk goes to the judge while the next one is made."""
+    def sample(self, index: int, prompts: Sequence[Prompt]) -> tuple[Rollout, int]:
+        """G samples of each prompt, and the transformer rows they took; prompts of one layout stand side by side. Every
+        chunk goes to the judge while the next one is made."""
         parts: list[RolloutPart] = []
         samples: list[Sample] = []
         first = network_rows = 0
-        for count in alike:
+        for count in map(len, by_layout(self.sampler.adapter, prompts)):
             chunks = []
             own = prompts[first : first + count]
             times = self.sampler.adapter.times(self.sampler.steps, own[0])
@@ -119,27 +124,39 @@ class Loop:
         every = range(self.stage.config.group_size)
         return [[derive(self.stage.seed, "rollout", index, prompt.id, j) for j in every] for prompt in prompts]
 
-    def learn(self, index: int, made: Rollout, advantages: Advantages) -> Tally:
-        """`updates_per_step` optimiser steps, each on its own share of the groups."""
+    def learn(
+        self, index: int, made: Rollout, advantages: Advantages, numbers: Sequence[int], mine: Sequence[int]
+    ) -> Tally:
+        """`updates_per_step` optimiser steps, each on its own share of the groups with signal. `numbers`: of these
+        groups, on whatever rank; `mine`: of all of this rank's."""
         config = self.stage.config
-        groups = signal_groups(made, advantages)
+        groups = groups_to_learn(made, advantages)
         total = Tally()
-        shares = [groups[i :: config.updates_per_step] for i in range(config.updates_per_step)]
+        shares = [set(numbers[i :: config.updates_per_step]) for i in range(config.updates_per_step)]
         filled = [share for share in shares if share]
         for share in filled:
-            batches = self.micro_batches(index, share, made, advantages.values)
+            own = [group for row, group in groups.items() if mine[row] in share]
+            batches = self.learner.even(
+                self.micro_batches(index, own, made, advantages.values),
+                lambda: self.micro_batches(index, [any_group(made)], made, advantages.values, total=1)[0],
+            )
             if self.learner.policy.same(START, CURRENT):  # no weight has moved yet
                 self_check(self.learner, batches[0])
             total.include(self.learner.learn(batches), 1 / len(filled))
         total.metrics.setdefault("loss", 0.0)
         return total
 
-    def micro_batches(self, index: int, groups: Sequence[Group], made: Rollout, advantages: Tensor) -> list[MicroBatch]:
-        """All points of one optimiser step; several timesteps of a sample share a forward."""
+    def micro_batches(
+        self, index: int, groups: Sequence[Group], made: Rollout, advantages: Tensor, total: int | None = None
+    ) -> list[MicroBatch]:
+        """All points of one optimiser step; several timesteps of a sample share a forward. `total`: points of the step
+        over all ranks; unless given, the ranks add them up."""
         config = self.stage.config
         noise = PointNoise(seed=self.stage.seed, step=index, shared=config.share_noise)
         by_part = [(part, groups_of(part, groups)) for part in made.parts]
-        total = sum(len(group.samples) * len(part.plan.train) for part, own in by_part for group in own)
+        if total is None:
+            mine = sum(len(group.samples) * len(part.plan.train) for part, own in by_part for group in own)
+            total = sum(self.stage.ranks.gather(mine))
         batches = []
         for part, own in by_part:
             known, train = advantages[part.start : part.stop], part.plan.train
@@ -164,14 +181,26 @@ def groups_of(part: RolloutPart, groups: Sequence[Group]) -> list[Group]:
     ]
 
 
-def signal_groups(made: Rollout, advantages: Advantages) -> list[Group]:
-    """Samples to learn from: valid, and of a group in which not every advantage is 0 (such a group has no signal)."""
-    groups = []
-    for prompt, rows in zip(made.prompts, group_rows(made.group, len(made.prompts)), strict=True):
+def with_signal(report: RewardReport, advantages: Advantages) -> list[int]:
+    """Numbers of the prompts with a valid advantage that is not 0: the others teach nothing."""
+    moving = advantages.valid & (advantages.values != 0)
+    return [p for p, rows in enumerate(group_rows(report.group, len(report.prompts))) if bool(moving[rows].any())]
+
+
+def groups_to_learn(made: Rollout, advantages: Advantages) -> dict[int, Group]:
+    """Row of the prompt -> its valid samples, where there are any."""
+    groups = {}
+    for row, (prompt, rows) in enumerate(zip(made.prompts, group_rows(made.group, len(made.prompts)), strict=True)):
         valid = [(int(b), j) for j, b in enumerate(rows) if bool(advantages.valid[b])]
-        if any(float(advantages.values[b]) != 0 for b, _ in valid):
-            groups.append(Group(prompt=prompt, samples=tuple(b for b, _ in valid), numbers=tuple(j for _, j in valid)))
+        if valid:
+            samples, numbers = zip(*valid, strict=True)
+            groups[row] = Group(prompt=prompt, samples=samples, numbers=numbers)
     return groups
+
+
+def any_group(made: Rollout) -> Group:
+    """One sample of the first prompt, whatever it is worth."""
+    return Group(prompt=made.prompts[0], samples=(0,), numbers=(0,))
 
 
 def report_metrics(report: RewardReport) -> dict[str, float]:
@@ -224,6 +253,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         batch=config.sampling.batch,
     )
     prompts = training_prompts(stage)
+    stage.ranks.require(config.prompts_per_step, stage.at("prompts_per_step"))
     with stage.judge(config.rewards, config.max_failed) as judge:
         loop = Loop(
             stage=stage,

@@ -32,6 +32,8 @@ class Showcase:
 
     def draw(self, step: int) -> None:
         """Sample with the current weights and write the grid; captions go to `captions.json`."""
+        if not self.stage.ranks.first:
+            return
         seeds = [[derive(self.stage.seed, "showcase", p.id, j) for j in range(SEEDS)] for p in self.prompts]
         rows: list[list[Tensor]] = [list(p.sources) for p in self.prompts]
         with self.policy.wearing(CURRENT) as net:

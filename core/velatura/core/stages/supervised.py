@@ -36,13 +36,15 @@ def run(stage: StageRun) -> dict[str, Any]:
         encoder=Encoder(training.adapter, training.engine.device),
     )
     prompts = stage.build("task", config.task, "task").prompts("train")
+    stage.ranks.require(config.batch, stage.at("batch"))
     stream = PromptStream(prompts, config.batch, seed=stage.seed, at=f"stages.{stage.name}", start=training.start)
 
     def step(index: int) -> dict[str, float]:
         watch = Stopwatch()
         learner.encoder.forget()
         with watch.phase("data"):
-            batches = list(micro_batches(stage, training, next(stream), index))
+            batches = micro_batches(stage, training, next(stream), index)
+            batches = learner.even(batches, lambda: batches[0])
         with watch.phase("update"):
             tally = learner.learn(batches)
         training.policy.follow(EMA, min(config.ema, (1 + index) / (10 + index)))
@@ -62,16 +64,18 @@ def micro_batches(stage: StageRun, training: Training, prompts: Sequence[Prompt]
     draw = generator(stage.seed, "supervised", index)
     t = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(len(prompts), config.points, generator=draw))
     dropped = torch.rand(len(prompts), generator=draw) < config.drop_condition
+    own = stage.ranks.own(range(len(prompts)))
     targets = training.adapter.latents(
-        torch.stack([_target(stage, prompt) for prompt in prompts]).to(training.engine.device)
+        torch.stack([_target(stage, prompts[i]) for i in own]).to(training.engine.device)
     )
     noise = torch.randn((len(prompts), config.points, *targets.shape[1:]), generator=draw)
     shown = [replace(p, text="") if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
-    order = sorted(range(len(shown)), key=lambda i: len(shown[i].sources))
+    position = {i: row for row, i in enumerate(own)}
+    order = sorted(own, key=lambda i: len(shown[i].sources))
     result = []
     for rows in by_layout(training.adapter, shown, order):
         at = torch.tensor(rows)
-        x0 = targets[at.to(targets.device)]
+        x0 = targets[torch.tensor([position[i] for i in rows], device=targets.device)]
         result.append(_points([shown[i] for i in rows], x0, t[at].to(x0), noise[at].to(x0), t.numel()))
     return result
 

@@ -42,7 +42,7 @@ class Training:
             self.policy.remember(name, follows=name in sets)
         self.policy.mark_same(START, CURRENT)
         self.start = self._resume()
-        self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start)
+        self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start) if run.ranks.first else None
 
     @property
     def _checkpoints(self) -> Path:
@@ -111,7 +111,8 @@ class Training:
         metrics["time/step_s"] = time.perf_counter() - begin
         if metrics.get("updated", 1.0) < 1:
             logger.warning("{}: step {} had a non-finite gradient; that update was not taken", self.run.name, index)
-        self.log.add(index, metrics)
+        if self.log is not None:
+            self.log.add(index, metrics)
         self.run.notify("step_end", StepEnd(step=index, metrics=metrics))
         done = index + 1
         if done % self.config.checkpoint_every == 0 and done < self.config.steps:
@@ -131,9 +132,10 @@ class Training:
         final = {name: value.cpu().contiguous() for name, value in (weights or self.policy.weights()).items()}
         if not all(bool(torch.isfinite(value).all()) for value in final.values()):
             raise VelaturaError(f"stage '{self.run.name}' ended with weights that are not finite; nothing was saved")
-        temporary = self.run.folder / f".{WEIGHTS}.tmp"
-        save_file(final, temporary, metadata={"stage": self.run.name})
-        temporary.replace(self.run.folder / WEIGHTS)
+        if self.run.ranks.first:
+            temporary = self.run.folder / f".{WEIGHTS}.tmp"
+            save_file(final, temporary, metadata={"stage": self.run.name})
+            temporary.replace(self.run.folder / WEIGHTS)
         self.save(self.config.steps)
         change = torch.stack([(final[n] - self.initial[n]).float().norm() for n in final]).norm()
         size = torch.stack([self.initial[n].float().norm() for n in final]).norm()

@@ -1,0 +1,60 @@
+"""Start the same command in several processes of this machine, with torch's launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from velatura.core.errors import VelaturaError
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run `velatura ARGUMENTS` in `processes` processes and return the exit status of the first that failed, or 0.
+
+    When one ends badly the others are ended too.
+
+    Raises:
+        VelaturaError: a process was killed by a signal; its number and the signal are named.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="spawn",
+        logs_specs=DefaultLogsSpecs(),
+    )  # fmt: skip
+    command = [sys.executable, "-m", "velatura.core.cli", *arguments]
+    try:
+        with _quietly():
+            elastic_launch(config, entrypoint=command[0])(*command[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise VelaturaError(
+                f"process {rank} was killed by {failure.signal_name()}; the others were ended. The same command goes "
+                f"on from the last checkpoint."
+            ) from None
+        return int(failure.exitcode)
+    return 0
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The launcher reports failures with tracebacks of its own; the processes say themselves what is wrong."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.distributed.launcher")]
+    before = [logger.level for logger in loggers]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,128 @@
+"""The processes that run one recipe together, and what they tell each other outside the engine."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from velatura.core.errors import RecipeError, VelaturaError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class FailedElsewhere(VelaturaError):
+    """Another process has said what is wrong; this one only ends."""
+
+
+def world_size() -> int:
+    """How many processes a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Number of this process among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among `size`. What one rank reads it may read on every rank: the run folder is shared."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes, shows progress, and decides."""
+        return self.rank == 0
+
+    def own(self, items: Sequence[T]) -> list[T]:
+        """This rank's share: items rank, rank + size, rank + 2 size, ..."""
+        return list(items[self.rank :: self.size])
+
+    def deal(self, count: int, shares: int = 1) -> list[list[int]]:
+        """Numbers of `count` items for every rank, so that of the items i, i + shares, i + 2 shares, ... each rank gets
+        about as many: those go into one optimiser step, and whoever has none of them would wait."""
+        block = max(1, min(shares, count // self.size))
+        return [[i for i in range(count) if i // block % self.size == rank] for rank in range(self.size)]
+
+    def gather(self, mine: T) -> list[T]:
+        """What every rank gave, in rank order. Collective."""
+        if self.size == 1:
+            return [mine]
+        import torch.distributed as dist
+
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, mine)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.gather(None)
+
+    def from_first(self, make: Callable[[], R]) -> R:
+        """What `make` returns on the first rank, on every rank. Collective.
+
+        Raises:
+            VelaturaError: `make` raised it; the other ranks raise FailedElsewhere.
+        """
+        if self.size == 1:
+            return make()
+        result, failure = None, None
+        if self.first:
+            try:
+                result = make()
+            except VelaturaError as error:
+                failure = error
+        result, failed = self.gather((result, failure is not None))[0]
+        if failure is not None:
+            raise failure
+        if failed:
+            raise FailedElsewhere("the first process says what is wrong")
+        return result  # type: ignore[return-value]
+
+    def require(self, count: int, at: str) -> None:
+        """Refuse a step that would leave a process without work.
+
+        Raises:
+            RecipeError: fewer items than processes.
+        """
+        if count < self.size:
+            raise RecipeError(
+                f"{at}: {count} a step cannot be shared by {self.size} processes. Raise it to {self.size} or more, or "
+                f"start fewer processes."
+            )
+
+
+def join(device: str) -> Ranks:
+    """Meet the other processes that a launcher started; alone without a launcher."""
+    size = world_size()
+    if size == 1:
+        return Ranks()
+    import torch
+    import torch.distributed as dist
+
+    if device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        atexit.register(leave)
+    return Ranks(rank=dist.get_rank(), size=size)
+
+
+def leave() -> None:
+    """Leave the other processes in order: gloo's threads, torn down with the interpreter, now and then abort it."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def threads_of_process(threads: int | None) -> int | None:
+    """CPU threads of this process: those of its machine, shared by the machine's processes."""
+    return threads and max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
