@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.installed
-	$(RUN)/velatura run recipes/tinyworld.yaml
+	$(RUN)/velatura run recipes/tinyworld.yaml --processes 2
 
 test: $(VENV)/.installed-dev
 	$(MAKE) lint

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from velatura.api import Advantages, Prompt, Role, Rollout, RolloutPart, StepPlan
+from velatura.api import Advantages, Prompt, RewardReport, Role, Rollout, RolloutPart, StepPlan
 from velatura.core.errors import RecipeError
 from velatura.core.learner import Learner
 from velatura.core.points import MicroBatch
@@ -22,7 +22,7 @@ from velatura.core.registry import Registry
 from velatura.core.rollout import Chunk, Sampler
 from velatura.core.stages.common import MetricsLog, StageRun
 from velatura.core.stages.distill import Loop, Visit
-from velatura.core.stages.rl import groups_of, signal_groups
+from velatura.core.stages.rl import groups_of, groups_to_learn, with_signal
 from velatura.core.stages.supervised import micro_batches
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter
 from velatura.plugins.distillers.velocity_match import VelocityMatch
@@ -44,20 +44,24 @@ def rollout_of(prompts: list[Prompt], group: int) -> Rollout:
 
 
 def test_groups_without_a_signal_are_dropped(drawings: Make) -> None:
-    made = rollout_of(drawings(3), 2)
-    groups = signal_groups(made, advantages([0, 0, 1, -1, 0, 0]))
-    assert [(group.prompt.id, group.samples, group.numbers) for group in groups] == [("draw/1", (2, 3), (0, 1))]
+    prompts = drawings(4)
+    report = RewardReport(
+        names=("r",), prompts=tuple(prompts), scores=torch.zeros(8, 1), status=torch.zeros(8, 1, dtype=torch.int64),
+        weight=torch.ones(8, 1), group=torch.arange(4).repeat_interleave(2),
+    )  # fmt: skip
+    valid = [True] * 6 + [False, True]
+    assert with_signal(report, advantages([0, 0, 1, -1, 0, 0, 5, 0], valid)) == [1]
 
 
 def test_each_layout_has_its_own_samples_counted_from_its_start(drawings: Make, edits: Make) -> None:
     prompts = [*drawings(2), *edits(2)]
-    groups = signal_groups(rollout_of(prompts, 2), advantages([1, -1, 0, 0, 1, -1, 2, -2]))
+    groups = list(groups_to_learn(rollout_of(prompts, 2), advantages([1, -1, 0, 0, 1, -1, 2, -2])).values())
     plan = StepPlan.training(torch.arange(1), steps=1)
     first, second = (
         RolloutPart(start=start, latents=torch.zeros(4, 2), times=torch.tensor([1.0, 0.0]), plan=plan)
         for start in (0, 4)
     )
-    assert [group.samples for group in groups_of(first, groups)] == [(0, 1)]
+    assert [group.samples for group in groups_of(first, groups)] == [(0, 1), (2, 3)]
     assert [(group.prompt.task, group.samples) for group in groups_of(second, groups)] == [
         ("edit", (0, 1)),
         ("edit", (2, 3)),
@@ -67,8 +71,8 @@ def test_each_layout_has_its_own_samples_counted_from_its_start(drawings: Make, 
 def test_samples_that_are_not_valid_are_dropped_and_the_others_keep_their_numbers(drawings: Make) -> None:
     made = rollout_of(drawings(2), 3)
     valid = [True, False, True, False, False, False]
-    groups = signal_groups(made, advantages([1, 9, -1, 5, 5, 5], valid))
-    assert [(group.samples, group.numbers) for group in groups] == [((0, 2), (0, 2))]
+    groups = groups_to_learn(made, advantages([1, 9, -1, 5, 5, 5], valid))
+    assert {row: (group.samples, group.numbers) for row, group in groups.items()} == {0: ((0, 2), (0, 2))}
 
 
 SUPERVISED = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     Raises:
         VelaturaError: a process was killed by a signal; its number and the signal are named.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -40,6 +41,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                 f"on from the last checkpoint."
             ) from None
         return int(failure.exitcode)
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise VelaturaError(
+            f"ended by {error.sigval.name}, and so were its processes. The same command goes on from the last "
+            f"checkpoint."
+        ) from None
     return 0
 
 
