@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from velatura.core.errors import RecipeError
-from velatura.core.recipe import Recipe, Ref, RewardRef, content_hash, load_recipe, recipe_schema
+from velatura.core.recipe import DistillStage, Recipe, Ref, RewardRef, content_hash, load_recipe, recipe_schema
 from velatura.core.shipped import find_recipe
 
 Write = Callable[..., str]
@@ -127,6 +127,35 @@ def test_unknown_keys_deeper_down_are_found_too(pipeline: str) -> None:
     assert message(pipeline, "stages.teacher.kernel={use: ode, wiht: {}}") == (
         "command line: stages.teacher.kernel.wiht: no such key. Did you mean 'with'?"
     )
+
+
+def test_an_unknown_key_of_a_stage_is_answered_with_the_keys_of_its_kind_each_once(pipeline: str) -> None:
+    assert message(pipeline, "stages.out.xyz=1") == "command line: stages.out.xyz: no such key. There is: model, stage."
+    (line,) = message(pipeline, "stages.student.xyz=1").splitlines()
+    own = line.removeprefix("command line: stages.student.xyz: no such key. There is: ").removesuffix(".").split(", ")
+    assert own == sorted(DistillStage.model_fields)
+    # what only other kinds have is no suggestion
+    assert "Did you mean" not in message(pipeline, "stages.out.reward=1")
+    assert message(pipeline, "stages.pick.reward=1").endswith("no such key. Did you mean 'rewards'?")
+
+
+def test_a_key_of_a_stage_that_stands_at_the_top_says_so(pipeline: str, write: Write) -> None:
+    above = "no such key. 'engine' stands at the top of the recipe, for all stages: write engine, not stages"
+    assert message(pipeline, "stages.student.engine.kind=local") == (
+        f"command line: stages.student.engine: {above}.student.engine"
+    )
+    assert message(pipeline, "stages.student.engin.kind=local") == (
+        f"command line: stages.student.engin: {above}.student.engin"
+    )
+    name = write("""\
+        adapter: tiny
+        stages:
+          out:
+            stage: supervised
+            task: world
+            engine: {kind: local}
+        """)
+    assert message(name) == f"recipe.yaml:6: stages.out.engine: {above}.out.engine"
 
 
 def test_a_key_written_twice_names_both_lines(write: Write) -> None:

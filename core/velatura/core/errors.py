@@ -36,7 +36,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     >>> suggest("hgih-noise", ["high-noise", "all"])
     " Did you mean 'high-noise'?"
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]!r}?"

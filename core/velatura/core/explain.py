@@ -23,7 +23,7 @@ def complaints(error: ValidationError, model: type[BaseModel], noun: str) -> Ite
     """
     details = error.errors(include_url=False)
     for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden"):
-        places = list(_walk(model, detail["loc"]))
+        places = _walk(model, detail["loc"])
         location = tuple(part for part, _ in places if part != "[key]")
         yield location, _describe(detail, places, model, noun)
 
@@ -51,15 +51,18 @@ def _tags(annotation: Any) -> list[str]:
     return [tag for member in _members(annotation) for tag in _tag(member)]
 
 
-def _walk(annotation: Any, location: Location) -> Iterator[tuple[int | str, Any]]:
-    """The parts of a location that are places in the data, each with the type expected there."""
+def _walk(annotation: Any, location: Location) -> list[tuple[int | str, Any]]:
+    """The parts of a location that are places in the data, each with the type expected there: of a union, the member
+    whose tag follows."""
+    places: list[tuple[int | str, Any]] = []
     for part in location:
         members = [member for member in _members(annotation) if part in _tag(member)]
-        if members:
-            annotation = members[0]
-            continue
-        annotation = _step(annotation, part)
-        yield part, annotation
+        annotation = members[0] if members else _step(annotation, part)
+        if members and places:
+            places[-1] = (places[-1][0], annotation)
+        elif not members:
+            places.append((part, annotation))
+    return places
 
 
 def _step(annotation: Any, part: int | str) -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from velatura.core import graph
 from velatura.core.errors import RecipeError, prefixed, suggest
-from velatura.core.explain import complaints
+from velatura.core.explain import complaints, keys
 from velatura.core.settings import (
     CurateStage,
     DistillStage,
@@ -304,8 +305,24 @@ def _lines(error: ValidationError, source: Source) -> Iterator[str]:
         if message == "this key is missing" and location[-1] in Recipe.model_fields and len(location) == 3:
             advice = f"{location[-1]!r} is missing; give it here, or once at the top of the recipe for every stage"
             yield prefixed(source.at(location[:-1]), advice)
+        elif message.startswith("no such key") and (above := _only_above(source, location)):
+            yield prefixed(source.at(location), above)
         else:
             yield prefixed(source.at(_as_written(source, location)), message)
+
+
+def _only_above(source: Source, location: Location) -> str | None:
+    """What to say of a key of a stage that stands at the top of a recipe alone, like `engine`; None for other keys."""
+    if len(location) != 3 or location[0] != "stages":
+        return None
+    known = _class_of(source.data["stages"].get(location[1]))
+    own = keys(known) if known is not None else []
+    above = [key for key in keys(Recipe) if all(key not in stage.model_fields for stage in STAGE_CLASSES.values())]
+    key = next(iter(get_close_matches(str(location[2]), [*own, *above], n=1)), "")
+    if key not in above:
+        return None
+    here = ".".join(map(str, location))
+    return f"no such key. {key!r} stands at the top of the recipe, for all stages: write {key}, not {here}"
 
 
 def _make_room(source: Source, location: Location) -> None:
