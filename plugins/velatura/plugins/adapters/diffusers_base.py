@@ -308,7 +308,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         scale = max(1.0, math.sqrt(area / (height * width)))
         return round(height * scale), round(width * scale)
 
-    def _bucketed(self, prompt: Prompt) -> Prompt:
+    def bucketed(self, prompt: Prompt) -> Prompt:
         """The prompt with its sources in the shapes of their buckets; its picture keeps the size it has."""
         if not self._buckets or not prompt.sources:
             return prompt
@@ -322,7 +322,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         for prompt in prompts:
             self._check_sources(prompt)
         with torch.no_grad(), self.staying():
-            rows = [self.cached_row(self._bucketed(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+            rows = [self.cached_row(self.bucketed(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
         return self.collate(layouts.pop(), rows)
 
     def layout(self, prompt: Prompt) -> tuple[Any, ...]:

@@ -22,10 +22,12 @@ def footprint_of(adapter: DiffusersAdapter[Any], prompt: Prompt) -> Footprint | 
     family whose rows are not known."""
     frozen = adapter.folder.frozen_bytes(adapter.dtype)
     small = bool(frozen) and sum(frozen.values()) < TRIED_BYTES
-    told, untold = (
-        adapter.cached_row(prompt, text) if small else blank_row(adapter, prompt, text)
-        for text in (prompt.text, adapter.options.negative_prompt)
-    )
+    seen = adapter.bucketed(prompt)
+    with torch.no_grad():
+        told, untold = (
+            adapter.cached_row(seen, text) if small else blank_row(adapter, seen, text)
+            for text in (prompt.text, adapter.options.negative_prompt)
+        )
     if adapter.name not in FAMILIES or told is None or untold is None:
         return None
     with torch.device("meta"):
