@@ -14,11 +14,12 @@ from velatura.api import Loss, NoOptions, PolicyObjective, Prompt, Requirements,
 from velatura.core import commands
 from velatura.core.check import check_combinations, set_up
 from velatura.core.errors import RecipeError
-from velatura.core.estimate import RowSeconds, Speed, Work, work
+from velatura.core.estimate import PATIENCE, RowSeconds, Speed, Work, seconds_per_row, work
 from velatura.core.pipeline import Plan, plan_run
 from velatura.core.recipe import load_recipe
 from velatura.core.registry import Registry
 from velatura.core.routes import routes_of_models
+from velatura.plugins.adapters.tinyworld import TinyWorldAdapter
 
 TINY = Path(__file__).parents[2] / "integration_tests" / "recipes" / "tiny.yaml"
 
@@ -158,6 +159,64 @@ def test_speed_is_measured_under_the_threads_of_the_recipe(monkeypatch: pytest.M
     assert seen == [before + 1] * 2  # once for each kind
     assert sum(cost or 0 for cost in costs) == 2 * 3 * 16
     assert torch.get_num_threads() == before
+
+
+class Slow:
+    """A clock of a machine on which a row takes `seconds`, and the batches that it was asked to run."""
+
+    def __init__(self, seconds: float, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.batches = 0.0, []
+        original = TinyWorldAdapter.velocity
+
+        def velocity(adapter: Any, net: Any, x: torch.Tensor, *more: Any) -> torch.Tensor:
+            self.batches.append(len(x))
+            self.now += seconds * len(x)
+            return original(adapter, net, x, *more)
+
+        patch.setattr(TinyWorldAdapter, "velocity", velocity)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tried(seconds: float, patch: pytest.MonkeyPatch, kind: str = "t2i") -> tuple[RowSeconds | None, list[int]]:
+    """What is said of the tiny model on such a machine, and the rows that were run to find out."""
+    adapter = set_up(plan_run(TINY), "adapter", plan_run(TINY).recipe.stage("warm").adapter)  # type: ignore[union-attr]
+    sources = (torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)),) if kind == "edit" else ()
+    clock = Slow(seconds, patch)
+    prompt = Prompt(id="p", text="a red circle", task=kind, sources=sources)
+    return seconds_per_row(adapter, prompt, torch.device("cpu"), clock), clock.batches
+
+
+@pytest.mark.parametrize("kind", ["t2i", "edit"])
+def test_speed_is_measured_on_many_rows_where_they_are_fast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, batches = tried(1e-4, monkeypatch, kind)
+    assert found == RowSeconds(forward=pytest.approx(1e-4), gradient=pytest.approx(1e-4))
+    assert batches[:8] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert batches[8:] == [128] * 10
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.1, 1.0, 3.9])
+def test_speed_is_measured_on_as_many_rows_as_there_is_time_for(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, batches = tried(seconds, monkeypatch)
+    assert found == RowSeconds(forward=pytest.approx(seconds), gradient=pytest.approx(seconds))
+    assert seconds * sum(batches) <= 2 * PATIENCE
+
+
+def test_of_a_row_that_takes_longer_than_anybody_waits_two_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, batches = tried(60.0, monkeypatch)
+    assert found == RowSeconds(forward=60.0, gradient=60.0)
+    assert batches == [1, 1]  # forward and backward, then forward
+
+
+def test_a_row_of_many_weights_and_many_numbers_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TinyWorldAdapter, "describe", lambda _: {"parameters": 4e7})
+    assert tried(1e-4, monkeypatch)[0] is not None
+    wide = torch.zeros(1, 4096, 48)
+    monkeypatch.setattr(TinyWorldAdapter, "noise", lambda *_: wide)
+    assert tried(1e-4, monkeypatch) == (None, [])
 
 
 def drawings(kind: str, count: int = 4) -> list[Prompt]:

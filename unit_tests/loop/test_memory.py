@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from velatura.api import Context, ModelAdapter, Prompt, Role
 from velatura.core.build import build
@@ -112,6 +113,14 @@ def near(estimate: int, found: int) -> bool:
     """Within 15 % of what was found; prints the error for whoever reads the output."""
     print(f"estimate {estimate:,}, found {found:,}: {estimate / found - 1:+.1%}")
     return abs(estimate / found - 1) <= CLOSE
+
+
+@pytest.mark.parametrize(("side", "counts"), [(128, True), (1024, False)])
+def test_a_small_network_is_run_with_numbers_on_small_pictures_alone(
+    side: int, counts: bool, adapter_of: Callable[..., ModelAdapter[Any]]
+) -> None:
+    rehearsal = rehearsal_of(adapter_of("qwen-image-21", height=side, width=side, lora_rank=2), solid=None)
+    assert isinstance(rehearsal.ghost.tensor(1), FakeTensor) is not counts
 
 
 QWEN = [

@@ -24,6 +24,7 @@ from velatura.core.types import Context, Role
 
 LOOK = 512
 """Prompts that are looked at for their categories."""
+CAPTION, NOT_TRIED = "row: one sample at one time through the transformer", "not tried"
 LARGE = 2e9
 """Bytes at the peak above which a stage's memory is shown part by part."""
 
@@ -264,7 +265,7 @@ def used_components(recipe: Recipe, registry: Registry) -> Sequence[Any]:
 
 
 def _stage_table(plan: Any, memory: Mapping[str, MemoryPlan | None]) -> Table:
-    table = Table(title="Stages", title_justify="left", caption="row: one sample at one time through the transformer")
+    table = Table(title="Stages", title_justify="left", caption=CAPTION)
     for column in ("stage", "kind", "needs", "steps", "samples/step", "rows/step fwd+bwd", "time", "peak memory"):
         table.add_column(column, justify="left" if column in ("stage", "kind", "needs") else "right")
     total, speed = 0.0, Speed(plan.recipe.engine.threads)
@@ -272,6 +273,8 @@ def _stage_table(plan: Any, memory: Mapping[str, MemoryPlan | None]) -> Table:
         row, seconds = _stage_row(plan, name, speed, memory[name])
         total += seconds
         table.add_row(*row)
+        if NOT_TRIED in row:
+            table.caption = f"{CAPTION}; {NOT_TRIED}: one row would take this CPU many seconds"
     table.add_row("all", "", "", "", "", "", _duration(total), "")
     return table
 
@@ -289,7 +292,7 @@ def _stage_row(plan: Any, name: str, speed: Speed, memory: MemoryPlan | None) ->
     forward, gradient = (sum(getattr(part.rows, kind) for part in parts) for kind in ("forward", "gradient"))
     return [
         name, stage.stage, needs, str(steps), f"{sum(part.samples for part in parts):,}", f"{forward:,} + {gradient:,}",
-        _duration(seconds) if None not in costs else "not tried", _peak(memory),
+        _duration(seconds) if None not in costs else NOT_TRIED, _peak(memory),
     ], seconds  # fmt: skip
 
 

@@ -24,9 +24,17 @@ from velatura.core.seeds import generator
 from velatura.core.types import Prompt, Role
 
 TRIED = 128
-"""Rows in one forward when speed is measured."""
+"""Rows in one forward when speed is measured, at most."""
 SHARED = 16
 """Rows of a prompt, when speed is measured: its prefix is computed once for them."""
+REPEATS = 5
+"""Times that a batch is measured, at most."""
+PATIENCE = 4.0
+"""Seconds after which a measurement ends, about."""
+LARGE = 50e6
+"""Parameters of a network that is not tried."""
+HEAVY = 1e12
+"""Parameters times numbers in a sample of a row that is not tried: it would take many seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,32 +186,52 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def seconds_per_row(adapter: ModelAdapter[Any], prompt: Prompt, device: torch.device) -> RowSeconds | None:
-    """Measured on a few batches, for networks small enough to try; None for larger ones."""
-    if float(adapter.describe().get("parameters", 0)) > 50e6:
+def seconds_per_row(
+    adapter: ModelAdapter[Any], prompt: Prompt, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> RowSeconds | None:
+    """Measured on a batch of as many rows as there is time for; None where a single one would take too long.
+
+    The batch is doubled from one row on. Of less than `SHARED` rows each bears more of the prompt's prefix than in a
+    run, so that what is slow is rather thought to be slower. `clock` says how many seconds have gone by.
+    """
+    parameters = float(adapter.describe().get("parameters", 0))
+    if parameters > LARGE or parameters * adapter.noise([prompt], [0]).numel() > HEAVY:
         return None
-    net = adapter.load(device)
-    prompts = [prompt] * (TRIED // SHARED)
-    x = adapter.noise(prompts * SHARED, list(range(TRIED)))
-    t, rows = torch.full((TRIED,), 0.5), torch.arange(TRIED) % len(prompts)
-    encoded = adapter.encode(prompts)
-
-    def once() -> Tensor:
-        return adapter.velocity(net, x, t, adapter.prepare(net, encoded), rows)
-
-    def learn() -> None:
-        once().square().mean().backward()  # type: ignore[no-untyped-call]
-
-    with torch.no_grad():
-        forward = _usual(once)
-    return RowSeconds(forward=forward / TRIED, gradient=_usual(learn) / TRIED)
+    trial = _Trial(adapter, prompt, device, clock)
+    rows, taken = 1, trial.learning(1)
+    while rows < TRIED and 2 * taken * (REPEATS + 3) < PATIENCE:
+        rows *= 2
+        taken = trial.learning(rows)
+    calls = min(REPEATS, int(PATIENCE / 2 / taken)) if taken > 0 else REPEATS
+    forward = median(trial.forward(rows) for _ in range(max(1, calls)))
+    gradient = median([trial.learning(rows) for _ in range(calls)] or [taken])
+    return RowSeconds(forward=forward / rows, gradient=gradient / rows)
 
 
-def _usual(call: Callable[[], object]) -> float:
-    """Median seconds of five calls, after one that warms up."""
-    taken = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - begin)
-    return median(taken[1:])
+class _Trial:
+    """A network that is timed on rows of one kind of prompts."""
+
+    def __init__(
+        self, adapter: ModelAdapter[Any], prompt: Prompt, device: torch.device, clock: Callable[[], float]
+    ) -> None:
+        self.adapter, self.prompt, self.clock = adapter, prompt, clock
+        self.net = adapter.load(device)
+        self.told = adapter.encode([prompt] * max(1, TRIED // SHARED))
+
+    def forward(self, count: int) -> float:
+        """Seconds that `count` rows take without gradient."""
+        with torch.no_grad():
+            return self._seconds(count, lambda v: None)
+
+    def learning(self, count: int) -> float:
+        """Seconds that `count` rows take forward and backward."""
+        return self._seconds(count, lambda v: v.square().mean().backward())  # type: ignore[no-untyped-call]
+
+    def _seconds(self, count: int, then: Callable[[Tensor], None]) -> float:
+        prompts = max(1, count // SHARED)
+        x = self.adapter.noise([self.prompt] * count, list(range(count)))
+        t, rows = torch.full((count,), 0.5), torch.arange(count) % prompts
+        told = self.told.select(torch.arange(prompts))
+        begin = self.clock()
+        then(self.adapter.velocity(self.net, x, t, self.adapter.prepare(self.net, told), rows))
+        return self.clock() - begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from velatura.core.types import Conditioning, Points, Prompt, Role
 
 TEACHER = "teacher"
 SMALL = 2_000_000
-"""Parameters up to which a network is run with numbers."""
+"""Parameters up to which a network is run with numbers, on samples that are small, too."""
+SHORT = 4096
+"""Numbers in a sample that is small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +65,15 @@ class Rehearsal:
         self, adapter: ModelAdapter[Any], footprint: Footprint, prompt: Prompt, dtype: torch.dtype,
         solid: bool | None = None,
     ) -> None:  # fmt: skip
-        """`dtype` is the engine's precision; `solid` runs with numbers, as small networks do unless it is False."""
+        """`dtype` is the engine's precision; `solid` runs with numbers, as small networks do on small samples unless it
+        is False."""
         self.adapter, self.footprint, self.prompt = adapter, footprint, prompt
         self.trained = {name: p.numel() for name, p in footprint.net.named_parameters() if p.requires_grad}
         self.loaded = sum(p.numel() * p.element_size() for p in footprint.net.parameters() if p.requires_grad)
-        small = sum(p.numel() for p in footprint.net.parameters()) < SMALL
+        self.shape = tuple(adapter.noise([prompt], [0]).shape[1:])
+        small = sum(p.numel() for p in footprint.net.parameters()) < SMALL and math.prod(self.shape) <= SHORT
         self.ghost = Ghost(footprint.net, dtype, solid=small if solid is None else solid)
         self.weights = sum(t.numel() * t.element_size() for t in (*self.net.parameters(), *self.net.buffers()))
-        self.shape = tuple(adapter.noise([prompt], [0]).shape[1:])
 
     @property
     def net(self) -> nn.Module:

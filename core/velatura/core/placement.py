@@ -168,8 +168,9 @@ class _Stage:
             forward = max(forward, self._rollout(most))
         size = FP32 * self.prompts * self.group * torch.Size(self.rehearsal.shape).numel()
         states = stage.sampling.steps + 1 if self._keeps_states() else 1
-        key = f"decode {id(self.rehearsal)} {pictures}"
         dtype = dtype_of(self.place.recipe.engine.precision)
+        own = f"{self.adapter.name} {self.adapter.options.model_dump_json()} {self.adapter.layout(self.prompt)}"
+        key = f"decode {own} {pictures} {dtype}"
         decoding = self.place.once(key, lambda: self.rehearsal.decode(pictures, dtype))
         return [
             Part(name="forwards of a rollout", size=forward, where=USED, phases=("rollout",)),
