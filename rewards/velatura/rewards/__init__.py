@@ -9,13 +9,18 @@ from velatura.core.hookspecs import hookimpl
 def velatura_reward() -> Sequence[str]:
     """What is good."""
     return [
+        "aesthetic = velatura.rewards.aesthetic:Aesthetic",
         "brisque = velatura.rewards.brisque:Brisque",
         "clip-score = velatura.rewards.image_text:ClipScore",
+        "edit-preservation = velatura.rewards.edit_preservation:EditPreservation",
         "function = velatura.rewards.function:Function",
+        "hpsv2 = velatura.rewards.preference:HpsV2",
         "http = velatura.rewards.remote:Http",
+        "image-reward = velatura.rewards.image_reward:ImageReward",
         "ocr = velatura.rewards.ocr:Ocr",
         "pickscore = velatura.rewards.image_text:PickScore",
         "saturation = velatura.rewards.guards:Saturation",
+        "siglip-score = velatura.rewards.preference:SiglipScore",
         "spectrum = velatura.rewards.guards:Spectrum",
         "tinyworld-aesthetics = velatura.rewards.tinyworld:Aesthetics",
         "tinyworld-alignment = velatura.rewards.tinyworld:Alignment",

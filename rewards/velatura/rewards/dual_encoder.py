@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,8 +38,13 @@ class DualEncoder:
     not depend on what else is on the machine.
     """
 
-    def __init__(self, user: str, path: str, processors: Sequence[str], options: EncoderOptions, context: Context):
+    def __init__(
+        self, user: str, path: str, processors: Sequence[str], options: EncoderOptions, context: Context,
+        network: Callable[[Any], Any] | None = None,
+    ):  # fmt: skip
         """`user`: the component, for messages; `processors`: where tokenizer and preprocessing may be, in order.
+
+        `network` makes the model of the configuration in `path`; None opens the one that lies there.
 
         Raises:
             VelaturaError: something is not there, or is of another kind.
@@ -59,7 +64,14 @@ class DualEncoder:
         self._is_siglip = config.model_type == "siglip"
         self._words, self._told = int(config.text_config.vocab_size), False
         self._pictures, self._tokenizer = self._processors(processors)
-        self.model = self._load(AutoModel, path, dtype=dtype).to(self.device).requires_grad_(False).train(False)
+        model = self._load(AutoModel, path, dtype=dtype) if network is None else network(config)
+        self.model = model.to(self.device, dtype).requires_grad_(False).train(False)
+
+    @property
+    def logit_bias(self) -> float:
+        """The trained bias of a SigLIP; 0 for CLIP, which has none."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach().float())
 
     @property
     def logit_scale(self) -> float:

@@ -1,0 +1,136 @@
+"""Rewards in the space of a CLIP or SigLIP, with weights or a formula of their own: `hpsv2`, `siglip-score`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from velatura.api import Context, Prompt, RewardModel, Sample, Scores, VelaturaError
+from velatura.rewards.dual_encoder import DualEncoder, EncoderOptions
+from velatura.rewards.open_clip_weights import to_transformers
+from velatura.rewards.pretrained import filled, read_weights, ready, scored, weights_file
+
+HPS_BASE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""What HPS v2 was fine-tuned from."""
+
+
+class HpsV2Options(EncoderOptions):
+    """Options of `hpsv2`."""
+
+    path: str = Field(
+        "xswu/HPSv2", description="A file of weights or its folder, seen from the recipe, or a name on the hub."
+    )
+    file: str = Field(
+        "HPS_v2.1_compressed.pt", description="The file in `path`; `HPS_v2_compressed.pt` is version 2.0."
+    )
+    base: str = Field(
+        HPS_BASE,
+        description="Folder or name on the hub that has configuration, tokenizer and preprocessing of the network.",
+    )
+    scale: float = Field(100.0, gt=0, description="Cosines are multiplied by this; 1 is the published score.")
+
+
+class HpsV2(RewardModel[HpsV2Options]):
+    """How much people prefer a picture for its prompt: scale cos(picture, text), with the weights of HPS v2.1.
+
+    A CLIP ViT-H-14 fine-tuned on 800,000 choices of people (arXiv:2306.09341). Its file has open_clip's names, which
+    are translated; nothing in it is run. Ordinary pictures score 20 to 33 with `scale` 100. Code Apache 2.0; the card
+    of the weights says the same.
+
+    Known holes. It sees 224 x 224 pixels, cropped to the middle, and 77 tokens. It likes saturated, glossy and
+    plain-background pictures, and is the reward most often seen to be gamed that way. The authors' script resizes
+    float tensors, here it is bytes by Pillow, so scores differ from theirs in the third digit. It does not apply to
+    edits.
+    """
+
+    name = "hpsv2"
+    _encoder: DualEncoder | None = None
+
+    def setup(self, context: Context) -> None:
+        """Load the network.
+
+        Raises:
+            VelaturaError: weights or base are not there, or do not fit each other.
+        """
+        options = self.options
+        path = weights_file(self.name, options.path, options.file, options.revision, context)
+        plain = options.model_copy(update={"revision": None})
+        network = partial(self._network, path)
+        self._encoder = DualEncoder(self.name, options.base, [options.base], plain, context, network)
+
+    def _network(self, path: Path, config: Any) -> Any:
+        from transformers import CLIPModel
+
+        weights = read_weights(self.name, path)
+        named = weights if "visual_projection.weight" in weights else to_transformers(weights)
+        return filled(self.name, path, CLIPModel, config, named)
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Prompts that draw from text."""
+        return not prompt.sources
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """[B] in [-scale, scale]; higher is better."""
+        encoder: DualEncoder = ready(self._encoder, self.name)
+        return scored(samples, len(samples) or 1, lambda shown: self.options.scale * encoder.cosines(shown))
+
+
+class SiglipScoreOptions(EncoderOptions):
+    """Options of `siglip-score`."""
+
+    path: str = Field(
+        "google/siglip2-so400m-patch14-384",
+        description="A SigLIP of fixed resolution: a folder, seen from the recipe, or a name on the hub.",
+    )
+    processor: str | None = Field(None, description="Where tokenizer and preprocessing are; null: beside the network.")
+    value: Literal["logit", "probability"] = Field(
+        "logit", description="`probability` is the sigmoid of the logit: the fit in [0, 1], flat at both ends."
+    )
+
+
+class SiglipScore(RewardModel[SiglipScoreOptions]):
+    """Whether a picture and its prompt belong together, as SigLIP was trained to say: exp(scale) cos + bias.
+
+    Unlike the cosines of `clip-score` these logits mean something alone: the sigmoid of one is the probability that the
+    two are a pair (arXiv:2303.15343; SigLIP 2 arXiv:2502.14786). Google's SigLIPs are Apache 2.0.
+
+    Known holes. Those of `clip-score`: a bag of words, which reads text in pictures. Pictures are stretched to a
+    square. 64 tokens of a prompt are read, in lower case. It does not apply to edits.
+    """
+
+    name = "siglip-score"
+    _encoder: DualEncoder | None = None
+
+    def setup(self, context: Context) -> None:
+        """Load the network.
+
+        Raises:
+            VelaturaError: it is not there, or is no SigLIP.
+        """
+        options = self.options
+        places = [options.processor or options.path]
+        encoder = DualEncoder(self.name, options.path, places, options, context)
+        if getattr(encoder.model, "logit_bias", None) is None:
+            raise VelaturaError(
+                f"'{self.name}': {options.path!r} is no SigLIP, it has no logit bias. 'clip-score' takes any CLIP."
+            )
+        self._encoder = encoder
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Prompts that draw from text."""
+        return not prompt.sources
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """[B]: logits, about -20 to 5, or probabilities in [0, 1]; higher is better."""
+        encoder: DualEncoder = ready(self._encoder, self.name)
+        is_logit, scale, bias = self.options.value == "logit", encoder.logit_scale, encoder.logit_bias
+
+        def values(shown: Sequence[Sample]) -> Any:
+            logits = scale * encoder.cosines(shown) + bias
+            return logits if is_logit else logits.sigmoid()
+
+        return scored(samples, len(samples) or 1, values)

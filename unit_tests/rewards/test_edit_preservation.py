@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from velatura.api import Context, Prompt, Sample, Status, VelaturaError
+from velatura.plugins.tinyworld.checks import untouched
+from velatura.plugins.tinyworld.render import render
+from velatura.plugins.tinyworld.scenes import BACKGROUNDS, request_of
+from velatura.plugins.tinyworld.task import TinyWorld, TinyWorldOptions
+from velatura.rewards.edit_preservation import EditPreservation, EditPreservationOptions, threshold
+
+EDITS = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A DINOv2 and a ResNet with random weights that see 96 x 96 pixels."""
+    from transformers import (
+        BitImageProcessorPil,
+        ConvNextImageProcessorPil,
+        Dinov2Config,
+        Dinov2Model,
+        ResNetConfig,
+        ResNetModel,
+    )
+
+    base = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=96, patch_size=8
+    )).save_pretrained(base / "dino")  # fmt: skip
+    BitImageProcessorPil().save_pretrained(base / "dino")
+    ResNetModel(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ).save_pretrained(base / "resnet")
+    ConvNextImageProcessorPil().save_pretrained(base / "resnet")
+    return base
+
+
+@pytest.fixture(scope="module")
+def reward(folder):
+    return made(folder)
+
+
+def made(base, **options):
+    reward = EditPreservation(EditPreservationOptions(**{"path": "dino"} | options))
+    reward.setup(Context(device=torch.device("cpu"), cache=base, seed=0, base=base))
+    return reward
+
+
+def picture(seed=0):
+    fields = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return interpolate(fields[None], (48, 48), mode="nearest")[0]
+
+
+def edit(metadata=None, source=None):
+    source = picture() if source is None else source
+    return Prompt(id="e", text="change it", task="edit", sources=(source,), metadata=metadata or {})
+
+
+def one(reward, prompt, image):
+    scores = reward.score([Sample(prompt=prompt, image=image, seed=0)])
+    assert scores.status == (Status.OK,)
+    return float(scores.values[0])
+
+
+def in_corner(image, value=0.0):
+    """The left upper quarter painted over."""
+    image = image.clone()
+    image[:, :24, :24] = value
+    return image
+
+
+def over_edits(request):
+    """Pictures that do what was asked and more: another background, a shape removed, a tint."""
+    target, more = request.target, []
+    if target.background == request.source.background:
+        other = BACKGROUNDS[1 - BACKGROUNDS.index(target.background)]
+        more.append(render(replace(target, background=other)))
+    asked = {step.thing for step in request.steps}
+    for thing in target.things:
+        if thing in request.source.things and thing not in asked:
+            more.append(render(replace(target, things=tuple(o for o in target.things if o != thing))))
+            break
+    tinted = 0.8 * torch.from_numpy(render(target)) + torch.tensor([0.2, 0.1, 0.0])[:, None, None]
+    return [*map(torch.from_numpy, more), tinted.clamp(0, 1)]
+
+
+@pytest.mark.parametrize(("is_said", "least"), [(True, 0.98), (False, 0.92)])
+def test_the_right_edit_beats_no_edit_and_an_edit_that_does_more(reward, is_said, least):
+    """On edits of the embedded world, where the right picture and the region are known."""
+    beats_nothing, beats_more = [], []
+    for prompt in TinyWorld(TinyWorldOptions(task="edit", eval_count=EDITS)).prompts("eval"):
+        request = request_of(prompt)
+        region = torch.from_numpy(~untouched(request, request.source)).float()
+        asked = replace(prompt, metadata={"edit_region": region} if is_said else {})
+        images = [torch.from_numpy(render(request.target)), prompt.sources[0], *over_edits(request)]
+        scores = reward.score([Sample(prompt=asked, image=image, seed=0) for image in images])
+        if Status.NOT_APPLICABLE in scores.status:
+            assert "no place that should stay" in scores.reasons[0]
+            continue
+        right, nothing, *more = scores.values.tolist()
+        beats_nothing.append(right > nothing)
+        beats_more += [right > value for value in more]
+    assert len(beats_nothing) > 0.9 * EDITS
+    assert all(beats_nothing)
+    assert sum(beats_more) >= least * len(beats_more), f"{sum(beats_more)} of {len(beats_more)}"
+
+
+@pytest.mark.parametrize("metadata", [{}, {"edit_region": [0, 0, 0.5, 0.5]}])
+def test_a_copy_of_the_source_scores_nothing_where_a_change_was_asked_for(reward, metadata):
+    assert one(reward, edit(metadata), picture()) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_copy_is_right_where_nothing_should_change(reward):
+    prompt = edit({"edit_region": []})
+    assert one(reward, prompt, picture()) == pytest.approx(1, abs=1e-4)
+    assert one(reward, prompt, in_corner(picture())) < 0.5
+
+
+def test_a_change_counts_inside_its_box_and_against_the_edit_outside(reward):
+    image = in_corner(picture())
+    inside = one(reward, edit({"edit_region": [[0, 0, 0.5, 0.5]]}), image)
+    elsewhere = one(reward, edit({"edit_region": [[0.5, 0.5, 1, 1]]}), image)
+    assert inside > 0.5
+    assert elsewhere < 0.1
+
+
+def test_a_mask_in_a_file_and_a_tensor_say_what_a_box_says(reward, folder):
+    mask = Image.new("L", (48, 48))
+    mask.paste(255, (0, 0, 24, 24))
+    mask.save(folder / "mask.png")
+    tensor = torch.zeros(48, 48)
+    tensor[:24, :24] = 1
+    by_box, by_file, by_tensor = (
+        one(reward, edit({"edit_region": region}), in_corner(picture()))
+        for region in ([0, 0, 0.5, 0.5], "mask.png", tensor)
+    )
+    assert by_box == by_file == by_tensor
+
+
+def test_the_score_is_what_is_written(reward):
+    """exp(-mean distance outside / tolerance), the change being large: computed from the features here."""
+    image = in_corner(picture())
+    image[:, 40:, 40:] += 0.1
+    before, after = reward._backbone.features([picture(), image])
+    distance = (1 - (before * after).sum(0)) / reward._backbone.unit
+    outside = torch.ones(12, 12, dtype=torch.bool)
+    outside[:7, :7] = False  # the box and a place around it
+    value = one(reward, edit({"edit_region": [0, 0, 0.5, 0.5]}), image)
+    assert distance[:6, :6].flatten().topk(3).values.mean() > reward.options.change
+    assert value == pytest.approx(math.exp(-float(distance[outside].mean()) / 0.1), rel=1e-4)
+
+
+def test_a_region_that_has_to_be_guessed_costs_its_area(folder):
+    free, dear = made(folder, area=0.0), made(folder, area=1.0)
+    image = in_corner(picture())
+    scores = dear.score([Sample(prompt=edit(), image=image, seed=0)])
+    share = int(scores.notes[0].split("region ")[1].split("%")[0]) / 100
+    assert 0.1 < share < 0.5
+    assert float(scores.values[0]) == pytest.approx((1 - share) * one(free, edit(), image), abs=0.01)
+
+
+def test_a_convolutional_network_serves_as_well(folder):
+    reward = made(folder, path="resnet", size=96)
+    assert one(reward, edit(), picture()) == pytest.approx(0, abs=1e-4)
+    box = {"edit_region": [0, 0, 0.5, 0.5]}
+    image = in_corner(picture())
+    assert one(reward, edit(box), image) > one(reward, edit(box), 1 - image)
+
+
+def test_sides_matter_little_and_company_not_at_all(reward):
+    box = {"edit_region": [0, 0, 0.5, 0.5]}
+    large = interpolate(in_corner(picture())[None], (96, 96), mode="nearest")[0]
+    assert one(reward, edit(box), large) == pytest.approx(
+        one(reward, edit(box), in_corner(picture())), abs=0.15
+    )  # it is resized
+    broken = torch.full((3, 48, 48), math.nan)
+    scores = reward.score([Sample(prompt=edit(box), image=i, seed=0) for i in (broken, in_corner(picture()))])
+    assert scores.status == (Status.FAILED, Status.OK)
+    assert float(scores.values[1]) == one(reward, edit(box), in_corner(picture()))
+
+
+def test_only_edits_are_judged_and_a_region_must_leave_something(reward):
+    assert not reward.applies(Prompt(id="p", text="a fox", task="t2i"))
+    scores = reward.score([Sample(prompt=edit({"edit_region": [0, 0, 1, 1]}), image=picture(1), seed=0)])
+    assert scores.status == (Status.NOT_APPLICABLE,)
+
+
+@pytest.mark.parametrize("said", [[0, 0, 2, 1], [0.5, 0, 0.2, 1], [[1, 2, 3]], {"x": 1}, 3])
+def test_what_is_no_region_is_answered_with_what_is(reward, said):
+    with pytest.raises(
+        VelaturaError, match=r"Prompt 'e': its metadata field 'edit_region' holds .* reads boxes \[left"
+    ):
+        one(reward, edit({"edit_region": said}), picture(1))
+
+
+def test_a_missing_mask_names_the_prompt_and_the_file(reward):
+    with pytest.raises(VelaturaError, match=r"Prompt 'e': its mask .*gone.png does not open"):
+        one(reward, edit({"edit_region": "gone.png"}), picture(1))
+
+
+def test_a_size_that_the_patches_do_not_divide_is_refused(folder):
+    with pytest.raises(
+        VelaturaError, match=r"patches of 8 pixels, and 100 is no multiple of that. Set 'size', for example to 96"
+    ):
+        made(folder, size=100)
+
+
+def test_a_missing_network_is_answered_in_one_message(folder):
+    with pytest.raises(VelaturaError, match=r"'edit-preservation' finds no model in './dinno'"):
+        made(folder, path="./dinno")
+
+
+def test_the_threshold_parts_two_heaps_where_the_gap_is():
+    values = torch.tensor([0.0, 0.1, 0.05, 0.02, 0.9, 1.0, 0.95])
+    assert 0.1 < threshold(values) < 0.9
+    assert threshold(torch.zeros(5)) == 0
