@@ -119,15 +119,16 @@ def head_of(user: str, path: Path, weights: Mapping[str, Tensor]) -> nn.Sequenti
                 "`scoring_head.0.weight` of version 2.5). Heads of another shape are not known."
             )
         layers.setdefault(int(found[1]), {})[found[2]] = value.float()
-    made = nn.Sequential()
+    made, ends = nn.Sequential(), list[int]()
     for number in sorted(layers):
         layer = layers[number]
-        width = made[-1].out_features if len(made) else layer["weight"].shape[1]
+        width = int(ends[-1] if ends else layer["weight"].shape[1])
         if set(layer) != {"weight", "bias"} or layer["weight"].ndim != 2 or layer["weight"].shape[1] != width:
             raise VelaturaError(f"'{user}': layer {number} in {path} does not follow the one before it.")
         linear = nn.Linear(width, layer["weight"].shape[0])
         linear.load_state_dict(layer)
         made.append(linear)
-    if not len(made) or made[-1].out_features != 1:
+        ends.append(linear.out_features)
+    if not ends or ends[-1] != 1:
         raise VelaturaError(f"'{user}': the head in {path} does not end in one number.")
     return made.requires_grad_(False).train(False)

@@ -76,7 +76,8 @@ class Backbone:
                 f"'{self._user}': {self._path!r} gives {seen.shape[1]} features, which are no square of places. Use a "
                 "vision transformer or a convolutional network."
             )
-        return seen[:, seen.shape[1] - side * side :].mT.unflatten(2, (side, side))
+        places: Tensor = seen[:, seen.shape[1] - side * side :]
+        return places.mT.reshape(len(seen), -1, side, side)
 
     def distance(self, one: Tensor, other: Tensor) -> Tensor:
         """[h w] (1 - cosine) of two feature maps [C h w], in units of entirely different places."""

@@ -183,8 +183,8 @@ def _text_config(user: str, sizes: Mapping[str, Any], eye: Mapping[str, Tensor])
     lacking = [name for name in names if name not in sizes]
     if lacking:
         raise VelaturaError(f"'{user}': the configuration of the text encoder lacks {', '.join(lacking)}.")
-    given = {name: sizes[name] for name in names}
-    marks = {f"{mark}_token_id": 0 for mark in ("bos", "eos", "sep")}  # not used: nothing is generated
+    given: dict[str, Any] = {name: sizes[name] for name in names}
+    marks: dict[str, Any] = {f"{mark}_token_id": 0 for mark in ("bos", "eos", "sep")}  # not used: nothing is generated
     width = eye["embeddings.class_embedding"].shape[-1]
     return BlipTextConfig(**given, **marks, encoder_hidden_size=width, pad_token_id=sizes.get("pad_token_id", 0))
 
