@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-for folder in ("judge", "adapters/families"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+sys.path.insert(0, str(Path(__file__).parents[1] / "judge"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "adapters" / "families"))
 
 from parts import qwen_tokenizer
 from qwen_image import text_encoder as qwen25

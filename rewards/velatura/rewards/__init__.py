@@ -14,6 +14,7 @@ def velatura_reward() -> Sequence[str]:
         "clip-score = velatura.rewards.image_text:ClipScore",
         "edit-preservation = velatura.rewards.edit_preservation:EditPreservation",
         "editreward = velatura.rewards.ratings:EditReward",
+        "editscore = velatura.rewards.written:EditScore",
         "function = velatura.rewards.function:Function",
         "hpsv2 = velatura.rewards.preference:HpsV2",
         "hpsv3 = velatura.rewards.ratings:HpsV3",
@@ -21,6 +22,7 @@ def velatura_reward() -> Sequence[str]:
         "image-reward = velatura.rewards.image_reward:ImageReward",
         "ocr = velatura.rewards.ocr:Ocr",
         "pickscore = velatura.rewards.image_text:PickScore",
+        "q-judger = velatura.rewards.written:QJudger",
         "saturation = velatura.rewards.guards:Saturation",
         "siglip-score = velatura.rewards.preference:SiglipScore",
         "spectrum = velatura.rewards.guards:Spectrum",
@@ -31,6 +33,7 @@ def velatura_reward() -> Sequence[str]:
         "tinyworld-portrait = velatura.rewards.tinyworld:Portrait",
         "tinyworld-preservation = velatura.rewards.tinyworld:Preservation",
         "tinyworld-sharpness = velatura.rewards.tinyworld:Sharpness",
+        "unified-reward = velatura.rewards.written:UnifiedReward",
         "vlm-judge = velatura.rewards.judge.reward:VlmJudge",
         "vlm-pairs = velatura.rewards.judge.pairs:VlmPairs",
     ]

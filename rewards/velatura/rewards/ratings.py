@@ -112,14 +112,14 @@ class EditRewardOptions(RewardTokenOptions):
 
 
 class EditReward(RewardModel[EditRewardOptions]):
-    """How good experts would find an edit: mean of two heads, one for the instruction and one for quality; about -3 to 3.
+    """How good experts would find an edit, about -3 to 3: mean of a head for the instruction and one for quality.
 
     Qwen2.5-VL 7B (or MiMo-VL), fine-tuned on 200,000 comparisons (TIGER-Lab, arXiv:2509.26346); each head answers a
     question of its own about source and result. Code Apache 2.0, the base Apache 2.0 (MiMo-VL MIT); check the card of
     the weights. The authors' questions are not on the package index: clone their repository and give the folder.
 
-    Known holes. Every picture is seen at 448 x 448 pixels or as many, so small edits are missed. Of several sources only
-    the first is shown. Two forwards for each picture; 17 GB of memory in bf16.
+    Known holes. Every picture is seen at 448 x 448 pixels or as many, so small edits are missed. Of several sources
+    only the first is shown. Two forwards for each picture; 17 GB of memory in bf16.
     """
 
     name = "editreward"

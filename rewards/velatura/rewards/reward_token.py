@@ -160,9 +160,7 @@ def head_of(user: str, path: Path, prefix: str, weights: Mapping[str, Tensor]) -
             layers.setdefault(int(match[1]), {})[match[2]] = value.float()
     whole = layers and all(set(layer) == {"weight", "bias"} for layer in layers.values())
     if not whole or len(layers[max(layers)]["bias"]) != 2:
-        raise VelaturaError(
-            f"'{user}': {path} has no head {prefix!r} of linear layers that ends in two numbers, a mean and a deviation."
-        )
+        raise VelaturaError(f"'{user}': {path} has no head {prefix!r} of linear layers that ends in two numbers.")
     made: list[nn.Module] = []
     for number in sorted(layers):
         inner, outer = layers[number]["weight"].shape[1], layers[number]["weight"].shape[0]
