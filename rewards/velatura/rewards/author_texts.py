@@ -44,8 +44,7 @@ def in_package(user: str, package: str, file: str, digest: str, install: str) ->
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise VelaturaError(
-            f"'{user}' asks what its authors asked, and their words are in the package {package}, of which nothing "
-            f"is run. Install it: {install} (or name a file that has them with `prompts`)."
+            f"'{user}' needs {file} of the package {package}, of which nothing is run. Install it: {install}"
         )
     path = Path(spec.origin).parent / file
     held = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from velatura.api import Context, VelaturaError
+from velatura.rewards import lite0
 from velatura.rewards.pretrained import opened
 
 CARD = 8
@@ -17,10 +18,13 @@ CARD = 8
 
 
 class Backbone:
-    """Features by place of any vision model that transformers opens: ViT, DINOv2, Swin, ConvNeXt, ResNet.
+    """Features by place of any vision model that transformers opens: ViT, DINOv2, Swin, ConvNeXt, ResNet; or Lite0's.
 
     Pictures are stretched to a square, so that the margins count, and normalised as the model was trained.
     """
+
+    _see: Callable[[Tensor], Tensor]
+    _patch: int | None
 
     def __init__(self, user: str, path: str, size: int | None, place: torch.device, context: Context) -> None:
         """`user`: the component, for messages; `size`: pixels of the square, None for what the model was trained on.
@@ -28,25 +32,39 @@ class Backbone:
         Raises:
             VelaturaError: the model is not there, or has no features by place.
         """
+        self._user, self._path, self._patch = user, path, None
+        if path == lite0.NAME:
+            self._see = lite0.Lite0(user, place)
+            self.size, self._mean, self._std = size or lite0.SIZE, _column(lite0.MEAN), _column(lite0.STD)
+        else:
+            self._open(size, place, context)
+        self.unit = self._unit()
+        """Mean distance of unrelated places of a test card: what "entirely different" means to this network."""
+
+    def _open(self, size: int | None, place: torch.device, context: Context) -> None:
+        """A model of transformers."""
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+        user, path = self._user, self._path
         config = opened(user, AutoConfig, path, context)
         eye = getattr(config, "vision_config", config)
         pictures = opened(user, AutoImageProcessor, path, context, "preprocessing", backend="pil")
         model = opened(user, AutoModel, path, context)
         model = getattr(model, "vision_model", model)
-        self.model: Any = model.to(place).requires_grad_(False).train(False)
+        network: Any = model.to(place).requires_grad_(False).train(False)
+
+        def see(pixels: Tensor) -> Tensor:
+            return self._map(network(pixel_values=pixels.to(network.device, network.dtype)).last_hidden_state)
+
+        self._see = see
         self.size = size or _number(getattr(eye, "image_size", None)) or 224
-        self._mean = torch.tensor(pictures.image_mean).view(3, 1, 1)
-        self._std = torch.tensor(pictures.image_std).view(3, 1, 1)
-        self._user, self._path, self._patch = user, path, _number(getattr(eye, "patch_size", None))
+        self._mean, self._std = _column(pictures.image_mean), _column(pictures.image_std)
+        self._patch = _number(getattr(eye, "patch_size", None))
         if self._patch is not None and self.size % self._patch:
             raise VelaturaError(
                 f"'{user}': {path!r} sees patches of {self._patch} pixels, and {self.size} is no multiple of that. "
                 f"Set 'size', for example to {self._patch * max(1, self.size // self._patch)}."
             )
-        self.unit = self._unit()
-        """Mean distance of unrelated places of a test card: what "entirely different" means to this network."""
 
     def features(self, images: Sequence[Tensor]) -> Tensor:
         """[B C h w] fp32 on the CPU, of length 1 along C, of B pictures [3 H W] in [0, 1]."""
@@ -57,8 +75,7 @@ class Backbone:
         ])  # fmt: skip
         pixels = (pixels - self._mean) / self._std
         with torch.no_grad():
-            seen = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype)).last_hidden_state
-        return normalize(self._map(seen.float()).cpu(), dim=1)
+            return normalize(self._see(pixels).float().cpu(), dim=1)
 
     def _map(self, seen: Tensor) -> Tensor:
         """[B C h w] of a map, or of tokens [B N C] after those that stand for no place (class, registers).
@@ -96,6 +113,11 @@ class Backbone:
         if not mean > 1e-6:
             raise VelaturaError(f"'{self._user}': {self._path!r} sees no difference between places of a test card.")
         return mean
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    """[3 1 1]."""
+    return torch.tensor(list(values)).view(3, 1, 1)
 
 
 def _number(value: Any) -> int | None:

@@ -27,7 +27,8 @@ class EditPreservationOptions(Options):
 
     path: str = Field(
         "facebook/dinov2-small",
-        description="A vision model of transformers: a folder, seen from the recipe, or a name on the hub.",
+        description="A vision model of transformers: a folder, seen from the recipe, or a name on the hub; or "
+        "`efficientnet-lite0`, whose weights come in a package.",
     )
     size: int | None = Field(None, ge=16, description="Pixels of the square it sees; null: what it was trained on.")
     field: str = Field("edit_region", description="Where the metadata of a prompt say what should change.")
