@@ -45,8 +45,9 @@ class HpsV3Options(RewardTokenOptions):
 class HpsV3(RewardModel[HpsV3Options]):
     """How much people prefer a picture for its prompt: the mean that HPSv3 gives it; about -5 to 15.
 
-    Qwen2-VL 7B with three layers on the state of a special token, fine-tuned on 1.5 million comparisons
-    (arXiv:2508.03789). Its deviation, how unsure it is, stands in the notes. Weights and code MIT, Qwen2-VL Apache 2.0.
+    Qwen2-VL 7B with three layers on the state of a special token, fine-tuned on 1.17 million comparisons
+    (arXiv:2508.03789). Its deviation, how unsure it is, stands in the notes. Code MIT; weights and
+    Qwen2-VL 7B Apache 2.0.
     The question is the authors'; it is read from their package, of which nothing is run.
 
     Known holes. It sees every picture at 448 x 448 pixels or as many. Long and ornate prompts raise all scores, so
@@ -115,8 +116,9 @@ class EditReward(RewardModel[EditRewardOptions]):
     """How good experts would find an edit, about -3 to 3: mean of a head for the instruction and one for quality.
 
     Qwen2.5-VL 7B (or MiMo-VL), fine-tuned on 200,000 comparisons (TIGER-Lab, arXiv:2509.26346); each head answers a
-    question of its own about source and result. Code Apache 2.0, the base Apache 2.0 (MiMo-VL MIT); check the card of
-    the weights. The authors' questions are not on the package index: clone their repository and give the folder.
+    question of its own about source and result. The bases are Apache 2.0 (Qwen2.5-VL 7B) and MIT (MiMo-VL); for the
+    rest see repository and card. The authors' questions are not on the package index: clone their repository and give
+    the folder.
 
     Known holes. Every picture is seen at 448 x 448 pixels or as many, so small edits are missed. Of several sources
     only the first is shown. Two forwards for each picture; 17 GB of memory in bf16.

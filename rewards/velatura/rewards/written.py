@@ -129,10 +129,10 @@ class EditScore(RewardModel[EditScoreOptions]):
 
     EditScore (VectorSpaceLab, arXiv:2509.23909): Qwen2.5-VL of 7 to 72 billion parameters or Qwen3-VL, fine-tuned to
     write two pairs of scores of 0 to 25, the first about source and result, the second about the result alone; with
-    `passes` their mean. Code and adapters Apache 2.0; the base of 72B has Qwen's own licence. The adapters are LoRAs:
-    serve them with vLLM (`--enable-lora`), or merge them into a folder. The questions are the authors', read from their
-    package, of which nothing is run. Where the authors' code guesses a number for a reply it cannot read, here it
-    fails.
+    `passes` their mean. Code Apache 2.0; see the card of the adapter; the base of 72B has Qwen's own licence. The
+    adapters are LoRAs: serve them with vLLM (`--enable-lora`), or merge them into a folder. The questions are the
+    authors', read from their package, of which nothing is run. Where the authors' code guesses a number for a reply it
+    cannot read, here it fails.
 
     Known holes. Two replies with reasoning for each picture: slow. A whole number in 26 steps, with noise between
     passes (take 4). Of several sources only the first is shown.
