@@ -1,0 +1,84 @@
+"""Options that the rewards for faces share, and what becomes of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from loguru import logger
+from pydantic import Field, model_validator
+
+from velatura.api import Context, Options, Prompt, VelaturaError
+from velatura.rewards.faces.reading import OwnReader, Reader
+
+
+class FaceOptions(Options):
+    """How faces are found and recognised."""
+
+    backend: Literal["own", "insightface"] = Field(
+        "own",
+        description="`own`: MTCNN and dlib's network with the weights that ship, free for any use; `insightface`: SCRFD "
+        "and ArcFace by the extra of that name, whose weights are for research that is not commercial.",
+    )
+    insightface_model: str = Field(
+        "buffalo_l", min_length=1, description="With `insightface`: the folder of weights in `insightface_root`/models."
+    )
+    insightface_root: str = Field(
+        "~/.insightface", description="With `insightface`: where its weights lie, seen from the recipe."
+    )
+    accept_non_commercial: bool = Field(
+        False, description="With `insightface`: that you keep to the terms of its weights has to be said here."
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="`auto` is the device of the run; or `cuda:1`."
+    )
+    batch: int = Field(32, ge=1, description="Faces in one forward of the recogniser.")
+
+    @model_validator(mode="after")
+    def _licensed(self) -> Self:
+        if self.backend == "insightface" and not self.accept_non_commercial:
+            raise ValueError(
+                "`backend: insightface` uses weights that InsightFace gives away for non-commercial research only. Set "
+                "`accept_non_commercial: true` if that is what you do, or take `backend: own`, which is free for any use"
+            )
+        return self
+
+
+def open_reader(user: str, options: FaceOptions, context: Context) -> Reader:
+    """The back-end that `options` name, for the component `user`.
+
+    Raises:
+        VelaturaError: something that it needs is missing or another.
+    """
+    device = context.device if options.device == "auto" else torch.device(options.device)
+    if options.backend == "own":
+        return OwnReader(device, options.batch)
+    if importlib.util.find_spec("insightface") is None:
+        raise VelaturaError(f"'{user}' with `backend: insightface` needs it. Install it: pip install \"velatura[insightface]\"")
+    from velatura.rewards.faces.insight import InsightReader
+
+    logger.warning(
+        "'{}' recognises faces with the InsightFace weights {!r}: for non-commercial research only, also what is trained "
+        "with them. `backend: own` is free for any use.", user, options.insightface_model,
+    )  # fmt: skip
+    root = context.resolve(Path(options.insightface_root).expanduser())
+    return InsightReader(user, root, options.insightface_model, device)
+
+
+def asked_for(prompt: Prompt, field: str) -> int | None:
+    """How many faces the metadata of `prompt` ask for under `field`; None where they do not say.
+
+    Raises:
+        VelaturaError: they say something else than a number.
+    """
+    if field not in prompt.metadata:
+        return None
+    value = prompt.metadata[field]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise VelaturaError(
+            f"Prompt {prompt.id!r}: its metadata field {field!r} holds {value!r}. How many faces the picture should show "
+            'belongs there: a whole number, like "metadata": {"' + field + '": 2}.'
+        )
+    return value
