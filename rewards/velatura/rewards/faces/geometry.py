@@ -69,7 +69,7 @@ def chip(image: Tensor, points: Tensor, side: int = SIDE) -> Tensor:
     """
     back = similarity(template() * side / SIDE, points.cpu()).to(points.device)
     scale = float(back[:, :2].norm() / math.sqrt(2))
-    fine = min(max(math.ceil(scale), 1), FINEST)
+    fine = min(max(math.ceil(scale - 0.25), 1), FINEST)
     places = (torch.arange(side * fine, dtype=torch.float64, device=image.device) + 0.5) / fine
     rows, columns = torch.meshgrid(places, places, indexing="ij")
     x, y = (columns[..., None] * back[:, 0] + rows[..., None] * back[:, 1] + back[:, 2]).unbind(-1)

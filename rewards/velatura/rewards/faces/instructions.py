@@ -22,11 +22,10 @@ STOP = (
 GAP = r"(?:(?!(?:from|of|off|on|in|near|around|behind|to|with|by|at|into|and|next|like)\b)[\w-]+\s+){0,5}"
 """Words between a verb and what it is done to."""
 WHOLE = rf"\s+{GAP}{PERSON}{STOP}"
-PART = r"(?!\s+(?:hair|eyes?|clothes|outfit|dress|shirt|hat|jacket|background)\b)"
 ELSEWHERE = re.compile(
     r"\b(?:background|wall|sky|floor|shirt|dress|jacket|hat|mug|logo|poster|frame|sign|screen|book|table|tattoo)\b"
 )
-"""Clauses that restyle one of these leave the faces alone."""
+"""Clauses that restyle one of these, or put something on it, leave the faces alone."""
 STYLES = (
     r"(?:cartoon|anime|manga|comic|caricature|chibi|pixar|disney|ghibli|simpsons?|lego|minecraft|pixel[- ]art|sketch"
     r"|drawing|doodle|line[- ]art|painting|painted|water\s?colou?r|gouache|charcoal|engraving|woodcut|etching|mosaic"
@@ -38,7 +37,7 @@ VERBS = r"(?:make|turn|render|re-?draw|draw|paint|convert|transform|re-?style|ch
 CHANGES: Mapping[str, re.Pattern[str]] = {
     "removes": re.compile(
         rf"\b(?:remove|delete|erase|get rid of|take out|crop out|cut out|eliminate){WHOLE}"
-        r"|(?:移除|去掉|删除|删掉|去除|擦除|抹去|消除)[^的]{0,6}(?:人|男孩|女孩|孩子|脸|头|他们?|她们?)(?!物?的|脸?上)"
+        r"|(?:移除|去掉|删除|删掉|去除|擦除|抹去|消除)(?:(?:照片|图片|图像|画面)[里中上]?的?)?[^的]{0,6}(?:人|男孩|女孩|孩子|脸|头|他们?|她们?)(?!物?的|脸?上)"
     ),
     "replaces": re.compile(
         rf"\b(?:replace|swap|switch|exchange|substitute){WHOLE}|\bface[- ]?swap\b"
@@ -78,10 +77,11 @@ ADDS = re.compile(
 def changed(text: str) -> str:
     """What an instruction does to faces, a word of `CHANGES` or `stylises`; empty where it leaves them recognisable."""
     for clause in clauses(text):
+        elsewhere = ELSEWHERE.search(clause)
         for name, pattern in CHANGES.items():
-            if pattern.search(clause):
+            if pattern.search(clause) and not (name == "hides" and elsewhere):
                 return name
-        if STYLISES.search(clause) and not ELSEWHERE.search(clause):
+        if STYLISES.search(clause) and not elsewhere:
             return "stylises"
     return ""
 
