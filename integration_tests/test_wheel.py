@@ -95,6 +95,14 @@ def test_the_base_checkpoint_ships(wheel: Path) -> None:
     assert len(shipped) > 1_000_000
 
 
+def test_the_weights_for_faces_ship_with_their_notice(wheel: Path) -> None:
+    folder = ROOT / "rewards" / "velatura" / "rewards" / "faces"
+    with zipfile.ZipFile(wheel) as files:
+        for name in ("detection.safetensors", "recognition.safetensors", "NOTICE.md"):
+            assert files.read(f"velatura/rewards/faces/{name}") == (folder / name).read_bytes()
+        assert any(name.endswith("licenses/THIRD_PARTY_NOTICES.md") for name in files.namelist())
+
+
 def test_recipes_ship_with_their_prompts_and_pictures(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as files:
         shipped = {name.removeprefix("velatura/") for name in files.namelist() if name.startswith("velatura/recipes/")}

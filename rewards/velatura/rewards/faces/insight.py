@@ -46,11 +46,14 @@ class InsightReader:
 
         on_cuda = device.type == "cuda"
         providers = (["CUDAExecutionProvider"] if on_cuda else []) + ["CPUExecutionProvider"]
-        self._app: Any = FaceAnalysis(
-            name=model, root=str(root), allowed_modules=["detection", "recognition"], providers=providers
-        )
-        if missing := {"detection", "recognition"} - set(self._app.models):
-            raise VelaturaError(f"'{user}': the InsightFace weights in {folder} have no {' and no '.join(missing)}.")
+        try:
+            self._app: Any = FaceAnalysis(
+                name=model, root=str(root), allowed_modules=["detection", "recognition"], providers=providers
+            )
+        except AssertionError:
+            raise VelaturaError(f"'{user}': the InsightFace weights in {folder} have no detection.") from None
+        if "recognition" not in self._app.models:
+            raise VelaturaError(f"'{user}': the InsightFace weights in {folder} have no recognition.")
         self._app.prepare(ctx_id=(device.index or 0) if on_cuda else -1, det_thresh=LEAST, det_size=LOOKED_AT)
 
     def read(self, images: Sequence[Tensor], smallest: float, recognise: bool) -> list[Faces]:

@@ -1,4 +1,4 @@
-"""The reward `portrait-checks`: as many faces as were asked for, each large, sharp and put together like a face."""
+"""The reward `portrait-checks`: as many faces as were asked for, each sure, large, sharp and in the shape of one."""
 
 from __future__ import annotations
 
@@ -51,9 +51,11 @@ class PortraitChecks(RewardModel[PortraitOptions]):
     of a face that is turned by up to 75 degrees, and sharpness of the face at 64 pixels. A face that is missing has
     q = 0; with n = 0 each face costs `extra`.
 
-    Known holes. It knows when a face is missing, doubled, tiny, blurred or misshapen, and nothing of beauty, likeness,
-    skin, hands or age; a photograph of any face scores 1. Profiles, covered and painted faces are often not found and
-    count as missing, so keep such prompts out of `categories`. Grain passes as sharpness.
+    Known holes. It knows when a face is missing, doubled, tiny, blurred or squashed, and nothing of beauty, likeness,
+    skin, hands or age; a photograph of any face scores 1. The detector sees five points in the order of a face even
+    where a mouth is out of place, so the third check is the weakest: a judge has to look at anatomy. Profiles, covered
+    and painted faces are often not found and count as missing: keep such prompts out of `categories`. Grain passes as
+    sharpness.
     """
 
     name = "portrait-checks"
