@@ -90,6 +90,17 @@ class RewardModel(Component[O]):
         """
         return True
 
+    cached: ClassVar[bool] = False
+    """Whether a picture that was scored before keeps its score, unless the recipe says otherwise: for judges that take
+    long."""
+
+    def fingerprint(self, context: Context) -> str:
+        """Changes when its scores of the same pictures may: by default with its name, its options, and the content of
+        the files and folders that they name. Also asked before `setup`, so it loads nothing and calls nobody."""
+        from velatura.core.fingerprint import options_fingerprint
+
+        return options_fingerprint(self, context)
+
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> Scores:
         """One score per sample, higher is better. What cannot be judged gets a `Status`, never a made-up number."""

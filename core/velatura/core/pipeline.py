@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -11,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -26,10 +25,11 @@ from velatura.core import __version__
 from velatura.core.build import open_registry, resolve_options
 from velatura.core.checkpoint import write_json_atomic, write_text_atomic
 from velatura.core.errors import CheckpointError, RecipeError, VelaturaError
+from velatura.core.fingerprint import file_hash
+from velatura.core.inputs import difference, file_inputs, lasting, prompt_tasks
 from velatura.core.ranks import Ranks, join, threads_of_process
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
-from velatura.core.settings import ExportStage
 
 RESULTS = ("weights.safetensors", "kept.json", "samples.parquet")
 """Files whose content is a stage's result, for the stages that build on it."""
@@ -110,51 +110,18 @@ def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
     """What a stage's result depends on, hashed one by one, so that a change can be named."""
     recipe = plan.recipe
     options = {key: value for key, value in plan.resolved["stages"][name].items() if key not in WATCHING}
-    inputs = {f"option {key}": content_hash(value) for key, value in options.items()}
+    inputs = {f"option {key}": content_hash(lasting(key, value)) for key, value in options.items()}
     inputs["seed"] = content_hash(recipe.seed)
     inputs["engine"] = content_hash({k: v for k, v in plan.resolved["engine"].items() if k != "threads"})
     inputs["velatura"] = content_hash(__version__)
     for dependency in recipe.dependencies(name):
         inputs[f"result of {dependency}"] = result_hash(plan.folder / dependency)
-    inputs["prompts"] = content_hash(_tasks(plan, name))
+    inputs["prompts"] = content_hash(prompt_tasks(plan, name))
     used = {plan.registry.info(kind, ref.use).distribution for at, kind, ref in recipe.references() if at[1] == name}
     for path in recipe.plugins:
         if str((plan.base / path).resolve()) in used:
             inputs[f"plugin {path}"] = file_hash(plan.base / path)
     return inputs | file_inputs(plan, name)
-
-
-def _tasks(plan: Plan, name: str) -> dict[str, Any]:
-    """The tasks behind a stage's prompts, its own or those of the stages that chose them."""
-    tasks = plan.recipe.tasks_of(name).items()
-    return {route: ref.model_dump(mode="json", by_alias=True) for route, ref in tasks}
-
-
-def file_inputs(plan: Plan, name: str) -> dict[str, str]:
-    """Content of the files that a stage's options name, and of the weights its adapter starts from."""
-    stage, config = plan.resolved["stages"][name], plan.recipe.stage(name)
-    found: dict[str, str] = {}
-    named = {text for text in _texts([stage, _tasks(plan, name)]) if (plan.base / text).is_file()}
-    if not isinstance(config, ExportStage):
-        from velatura.core.check import set_up
-
-        adapter = set_up(plan, "adapter", config.adapter)
-        weights = str(adapter.describe().get("weights", ""))
-        named |= {weights} if Path(weights).is_file() else set()
-        found = {"weights of the base": known} if (known := adapter.fingerprint()) else {}
-    return found | {f"file {text}": file_hash(plan.base / text) for text in sorted(named)}
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every string in nested options that could be a path."""
-    if isinstance(value, str) and 0 < len(value) < 1024 and "\n" not in value:
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for item in value:
-            yield from _texts(item)
 
 
 def result_hash(folder: Path) -> str:
@@ -166,12 +133,6 @@ def result_hash(folder: Path) -> str:
 def _results(folder: Path) -> list[Path]:
     """Those of a stage's files that are its result; of an exported model, all weights."""
     return [folder / name for name in RESULTS if (folder / name).exists()] + sorted(folder.glob(EXPORTED))
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_current(plan: Plan, only: str) -> None:
@@ -189,7 +150,7 @@ def _require_current(plan: Plan, only: str) -> None:
         manifest = json.loads(path.read_text())
         if manifest["status"] == "finished":
             _require_untouched(plan.folder / name, manifest)
-        changed = _difference(manifest["inputs"], stage_inputs(plan, name))
+        changed = difference(manifest["inputs"], stage_inputs(plan, name))
         if changed:
             raise RecipeError(
                 f"stage '{only}' builds on '{name}', which was made with another {', '.join(changed)}. Run '{name}' "
@@ -275,7 +236,7 @@ def _begin_stage(plan: Plan, name: str, label: str) -> dict[str, Any] | None:
     manifest_path = folder / "manifest.json"
     if manifest_path.exists():
         manifest = json.loads(manifest_path.read_text())
-        changed = _difference(manifest["inputs"], inputs)
+        changed = difference(manifest["inputs"], inputs)
         if not changed and manifest["status"] == "finished":
             _require_untouched(folder, manifest)
             logger.info("[{}] {}: finished before and unchanged", label, name)
@@ -352,10 +313,6 @@ def _close(path: Path, manifest: Mapping[str, Any], begin: float, ending: Mappin
 def _seconds(path: Path) -> float:
     """Time that earlier, cut-off attempts at this stage took."""
     return float(json.loads(path.read_text())["seconds"]) if path.exists() else 0.0
-
-
-def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
 
 
 def _execute(plan: Plan, ranks: Ranks, name: str, console: Console | None) -> dict[str, Any]:

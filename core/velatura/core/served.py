@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from loguru import logger
 
-from velatura.core.build import build, options
+from velatura.core.build import build
 from velatura.core.components import RewardModel
 from velatura.core.errors import RecipeError, VelaturaError, suggest
-from velatura.core.pipeline import Plan, file_hash
-from velatura.core.recipe import Ref, RewardRef, content_hash
+from velatura.core.fingerprint import reward_fingerprint
+from velatura.core.pipeline import Plan
+from velatura.core.recipe import Ref, RewardRef
 from velatura.core.registry import Registry
 from velatura.core.source import Source, assign, parse_override
 from velatura.core.types import Context
@@ -117,11 +118,7 @@ def set_up_reward(registry: Registry, ref: Ref, label: str, context: Context) ->
         raise TypeError(f"{ref.use} is no reward")
     model.setup(context)
     info = registry.info("reward", ref.use)
-    given = options(type(model), ref).model_dump(mode="json")
-    files = [context.resolve(text) for text in given.values() if isinstance(text, str) and 0 < len(text) < 1024]
-    files += [Path(info.distribution)]  # a plugin that is a file
-    contents = [file_hash(path) for path in files if path.is_file()]
-    digest = content_hash([ref.use, given, contents])[:10]
+    digest = reward_fingerprint(registry, ref, context, model)[:10]
     version = f"{info.version}-{digest}" if info.version else digest
     return Served(label=label, use=ref.use, summary=info.summary, version=version, model=model)
 

@@ -49,14 +49,38 @@ class Ref(Settings):
         return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(handler(schema))]}
 
 
+class Breaker(Settings):
+    """When a reward that keeps failing is left alone, and for how long."""
+
+    after: Count = Field(32, description="Failures in a row after which the reward is not asked.")
+    cool_down: Positive = Field(30.0, description="Seconds until one picture is tried again.")
+
+
+class Golden(Settings):
+    """Pictures whose scores are known, by which a judge is checked at the start and now and then."""
+
+    file: str = Field(description="JSONL file beside the recipe, a picture a line; docs/rewards.md has its keys.")
+    every: Count = Field(50, description="Steps (of a curate stage: batches of prompts) between two checks.")
+    allowed: Share = Field(0.0, description="Largest share of the expectations that may be wrong.")
+    max_drift: NotNegative | None = Field(
+        None, description="Largest change of a picture's score since the check at the start; null allows any."
+    )
+
+
 class RewardRef(Ref):
-    """Names a reward and says how much it counts."""
+    """Names a reward and says how much it counts, and how it is looked after."""
 
     weight: NotNegative = Field(1.0, description="How much it counts in the composite and in the advantage.")
     weight_by_category: dict[str, NotNegative] = Field(
         default_factory=dict, description="Weight for prompts of a category, in place of `weight`."
     )
     name: str | None = Field(None, min_length=1, description="What reports call it; the component's name by default.")
+    cache: bool | None = Field(
+        None, description="Whether scores are kept in the run folder and used again; null: judges' are, others' not."
+    )
+    threads: Count | None = Field(None, description="CPU threads of its own; null takes as many as the run has.")
+    breaker: Breaker = Breaker()
+    golden: Golden | None = Field(None, description="Checks the reward on pictures whose scores are known.")
 
     @property
     def label(self) -> str:

@@ -14,12 +14,17 @@ from torch import Tensor
 
 from velatura.api import Context, Options, Prompt, RewardModel, Sample, Scores, Status, VelaturaError
 from velatura.core.errors import suggest
+from velatura.core.fingerprint import options_fingerprint
 from velatura.core.wire import SCHEMA, VERSION, Answer, Entry, Malformed, read_answer, request_for
 from velatura.rewards.judge.pictures import data_url, to_picture
 from velatura.rewards.transport import Exchange, Unanswered, bearer, checked_address, finished, new_client
 
 if TYPE_CHECKING:
     import httpx2
+
+
+PATIENCE = ("batch_size", "concurrency", "timeout", "retries", "backoff", "deadline", "token_env")
+"""Options that no score depends on."""
 
 
 class HttpOptions(Options):
@@ -58,6 +63,7 @@ class Http(RewardModel[HttpOptions]):
     """
 
     name = "http"
+    cached = True
     _version: str | None = None
     """Of the reward that answers; None where the server does not say."""
 
@@ -79,6 +85,10 @@ class Http(RewardModel[HttpOptions]):
             reasons=tuple(entry.reason for entry in entries),
             notes=tuple(entry.note for entry in entries),
         )
+
+    def fingerprint(self, context: Context) -> str:
+        """Changes with the address, the name, the version that answers, and the size of what is sent."""
+        return f"{options_fingerprint(self, context, PATIENCE)}-{self._version or self.options.version}"
 
     async def _check(self) -> None:
         options = self.options

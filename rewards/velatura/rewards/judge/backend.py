@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from loguru import logger
 
-from velatura.api import Context, Prompt, Sample
-from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.api import Context, Prompt, RewardModel, Sample
+from velatura.core.fingerprint import options_fingerprint
+from velatura.rewards.judge.options import PATIENCE, VlmJudgeOptions
 from velatura.rewards.judge.rubric import Question, Rubric, is_file_name, load_rubric, shipped_rubric
 from velatura.rewards.judge.scoring import Verdict
 
@@ -31,6 +32,14 @@ def rubric_of(options: VlmJudgeOptions, context: Context | None = None) -> Rubri
     if context is not None and is_file_name(options.rubric):
         return load_rubric(context.resolve(options.rubric))
     return load_rubric(shipped_rubric(options.rubric))
+
+
+def judge_fingerprint(judge: RewardModel[VlmJudgeOptions], context: Context) -> str:
+    """Of the options that scores depend on, the model's folder, what the rubric says, shipped or one's own, and, of a
+    server that was asked, whether scores are expectations or means of stated levels."""
+    options = options_fingerprint(judge, context, PATIENCE)
+    kind = getattr(getattr(judge, "_backend", None), "has_logprobs", "")
+    return f"{options}-{rubric_of(judge.options, context).digest}-{kind}"
 
 
 def opened(options: VlmJudgeOptions, rubric: Rubric, context: Context, first: Question) -> Backend:

@@ -13,6 +13,8 @@ from velatura.rewards.transport import checked_address
 SERVER_ONLY = (
     *("api_key_env", "concurrency", "timeout", "retries", "backoff", "deadline", "samples", "request", "served_as"),
 )
+PATIENCE = ("api_key_env", "concurrency", "timeout", "retries", "backoff", "deadline", "batch_size")
+"""What no score depends on."""
 LOCAL_ONLY = ("batch_size", "dtype", "device")
 
 

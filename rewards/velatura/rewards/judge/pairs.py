@@ -11,7 +11,7 @@ from loguru import logger
 from pydantic import Field
 
 from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status
-from velatura.rewards.judge.backend import Backend, grey_sample, opened, rubric_of
+from velatura.rewards.judge.backend import Backend, grey_sample, judge_fingerprint, opened, rubric_of
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.rubric import PAIR_LEVELS, Rubric
 from velatura.rewards.judge.scoring import Verdict, as_scores
@@ -44,6 +44,7 @@ class VlmPairs(RewardModel[VlmPairsOptions]):
 
     name = "vlm-pairs"
     scope: ClassVar[Literal["sample", "group"]] = "group"
+    cached = True
     _backend: Backend
 
     def setup(self, context: Context) -> None:
@@ -52,6 +53,10 @@ class VlmPairs(RewardModel[VlmPairsOptions]):
         grey = grey_sample(self.rubric)
         first = self.rubric.comparison(grey, grey, self.options.reasoning_tokens)
         self._backend = opened(self.options, self.rubric, context, first)
+
+    def fingerprint(self, context: Context) -> str:
+        """Changes with the rubric, the model's folder, and all options but those of patience."""
+        return judge_fingerprint(self, context)
 
     @cached_property
     def rubric(self) -> Rubric:

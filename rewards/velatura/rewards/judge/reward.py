@@ -8,7 +8,7 @@ from functools import cached_property
 from loguru import logger
 
 from velatura.api import Context, Prompt, RewardModel, Sample, Scores
-from velatura.rewards.judge.backend import Backend, grey_sample, opened, rubric_of
+from velatura.rewards.judge.backend import Backend, grey_sample, judge_fingerprint, opened, rubric_of
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.rubric import Rubric
 from velatura.rewards.judge.scoring import as_scores
@@ -29,6 +29,7 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
     """
 
     name = "vlm-judge"
+    cached = True
     _backend: Backend
     _warned = False
 
@@ -37,6 +38,10 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
         self.rubric = rubric_of(self.options, context)
         first = self.rubric.question(grey_sample(self.rubric), self.options.reasoning_tokens)
         self._backend = opened(self.options, self.rubric, context, first)
+
+    def fingerprint(self, context: Context) -> str:
+        """Changes with the rubric, the model's folder, and all options but those of patience."""
+        return judge_fingerprint(self, context)
 
     @cached_property
     def rubric(self) -> Rubric:

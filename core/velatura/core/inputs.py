@@ -1,0 +1,79 @@
+"""What a stage's result depends on besides its own options, and what of it changed since it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from velatura.core.fingerprint import file_hash, reward_fingerprint, texts
+from velatura.core.recipe import content_hash
+
+if TYPE_CHECKING:
+    from velatura.core.pipeline import Plan
+
+BASE_WEIGHTS = "weights of the base"
+"""What the adapter of a stage starts from, wherever that lies."""
+CARE = ("cache", "threads", "breaker", "golden")
+"""The same of a reward in it."""
+ABSENT = content_hash(None)
+"""An option that is null is one that is left out, also of a recipe from before there was such an option."""
+
+
+def lasting(key: str, value: Any) -> Any:
+    """An option without how its rewards are looked after, which no score depends on."""
+    if key != "rewards":
+        return value
+    return [{name: item for name, item in reward.items() if name not in CARE} for reward in value]
+
+
+def prompt_tasks(plan: Plan, name: str) -> dict[str, Any]:
+    """The tasks behind a stage's prompts, its own or those of the stages that chose them."""
+    tasks = plan.recipe.tasks_of(name).items()
+    return {route: ref.model_dump(mode="json", by_alias=True) for route, ref in tasks}
+
+
+def file_inputs(plan: Plan, name: str) -> dict[str, str]:
+    """Content of the files that a stage's options name, of the weights its adapter starts from, and of its rewards.
+
+    No key says where a clone or a package lies, so that what was moved is not done again.
+    """
+    stage, config = plan.resolved["stages"][name], plan.recipe.stage(name)
+    named = sorted({text for text in texts([stage, prompt_tasks(plan, name)]) if (plan.base / text).is_file()})
+    found = {f"file {text}": file_hash(plan.base / text) for text in named}
+    if not hasattr(config, "adapter"):
+        return found
+    from velatura.core.check import set_up
+
+    adapter: Any = set_up(plan, "adapter", config.adapter)
+    weights = Path(str(adapter.describe().get("weights", "")))
+    if known := adapter.fingerprint():
+        found[BASE_WEIGHTS] = known
+    elif weights.is_file() and not any((plan.base / text).samefile(weights) for text in named):
+        found[BASE_WEIGHTS] = file_hash(weights)
+    return found | _reward_inputs(plan, config)
+
+
+def _reward_inputs(plan: Plan, config: Any) -> dict[str, str]:
+    """A fingerprint of each reward of a stage."""
+    from velatura.core.served import recipe_context
+
+    rewards = getattr(config, "rewards", [])
+    context = recipe_context(plan, None) if rewards else None
+    return {f"reward {ref.label}": reward_fingerprint(plan.registry, ref, context) for ref in rewards if context}
+
+
+def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The inputs that changed, by name."""
+    known = {key: value for key, value in before.items() if not _lies_elsewhere(key, value, now)}
+    if not any(key.startswith("reward ") for key in known):  # from before rewards had fingerprints
+        now = {key: value for key, value in now.items() if not key.startswith("reward ")}
+    if BASE_WEIGHTS in now and BASE_WEIGHTS not in known and len(known) < len(before):
+        known[BASE_WEIGHTS] = now[BASE_WEIGHTS]
+    return sorted(key for key in {*known, *now} if known.get(key, ABSENT) != now.get(key, ABSENT))
+
+
+def _lies_elsewhere(key: str, value: str, now: Mapping[str, str]) -> bool:
+    """Whether an input of an earlier version names the weights of the base, unchanged, by where they lay."""
+    at = key.removeprefix("file ")
+    return at != key and Path(at).is_absolute() and key not in now and now.get(BASE_WEIGHTS) == value

@@ -1,0 +1,117 @@
+"""What a finished stage is compared by: content, never the place where a clone or a package lies."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from velatura.api import Context
+from velatura.core.fingerprint import files_hash
+from velatura.core.inputs import BASE_WEIGHTS, difference
+from velatura.core.pipeline import plan_run, stage_inputs
+from velatura.rewards.judge import rubric as rubrics
+from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.rewards.judge.reward import VlmJudge
+
+RECIPE = """\
+engine: {kind: local, device: cpu}
+adapter: {use: tinyworld}
+stages:
+  first:
+    stage: rl
+    task: {use: tinyworld, with: {task: t2i, count: 8}}
+    rewards: [{use: vlm-judge, with: {rubric: RUBRIC, model: m, server: "http://localhost:1/v1"}}]
+"""
+
+
+def recipe(folder: Path, rubric: str = "alignment", change: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.replace("RUBRIC", rubric).replace("model: m", f"model: m{change}"))
+    return path
+
+
+def inputs(path: Path) -> dict[str, str]:
+    return stage_inputs(plan_run(path), "first")
+
+
+def own_rubric(folder: Path, line: str) -> None:
+    content = yaml.safe_load(rubrics.shipped_rubric("alignment").read_text())
+    content["criteria"] = [line]
+    (folder / "mine.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_no_input_names_the_place_of_a_file_of_the_package(tmp_path: Path) -> None:
+    one, other = inputs(recipe(tmp_path / "a")), inputs(recipe(tmp_path / "b"))
+    assert one == other
+    assert BASE_WEIGHTS in one
+    assert not [key for key in one if "/" in key]
+
+
+def test_a_run_from_before_that_was_so_is_not_done_again(tmp_path: Path) -> None:
+    now = inputs(recipe(tmp_path))
+    before = {key: value for key, value in now.items() if key != BASE_WEIGHTS and not key.startswith("reward ")}
+    lay = "file /elsewhere/velatura/plugins/tinyworld/base.safetensors"
+    assert difference(before | {lay: now[BASE_WEIGHTS]}, now) == []
+    assert difference(before | {lay: "another content"}, now) == [lay, BASE_WEIGHTS]
+
+
+def test_an_option_that_is_null_is_one_that_is_left_out(tmp_path: Path) -> None:
+    now = inputs(recipe(tmp_path))
+    without = {key: value for key, value in now.items() if key != "option prompt_filter"}
+    assert difference(without, now) == []
+    assert difference(now, now | {"option steps": "another"}) == ["option steps"]
+
+
+def test_how_a_reward_is_looked_after_changes_no_result(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    now = inputs(path)
+    path.write_text(path.read_text().replace("{use: vlm-judge,", "{use: vlm-judge, cache: false, threads: 1,"))
+    assert difference(now, inputs(path)) == []
+
+
+def test_an_edited_rubric_is_another_input(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "mine.yaml")
+    own_rubric(tmp_path, "All is there.")
+    before = inputs(path)
+    own_rubric(tmp_path, "All is there, and spelt right.")
+    assert difference(before, inputs(path)) == ["file mine.yaml", "reward vlm-judge"]
+
+
+def test_an_edited_rubric_of_the_package_is_another_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe(tmp_path / "recipe")
+    before = inputs(path)
+    shutil.copytree(rubrics.SHIPPED, tmp_path / "shipped")
+    own_rubric(tmp_path, "All is there.")
+    shutil.copy(tmp_path / "mine.yaml", tmp_path / "shipped" / "alignment.yaml")
+    monkeypatch.setattr(rubrics, "SHIPPED", tmp_path / "shipped")
+    assert difference(before, inputs(path)) == ["reward vlm-judge"]
+
+
+@pytest.mark.parametrize(
+    ("change", "same"), [(", timeout: 5", True), (", retries: 9, concurrency: 2", True), (", min_mass: 0.9", False)]
+)
+def test_patience_is_no_part_of_a_fingerprint(tmp_path: Path, change: str, same: bool) -> None:
+    context = Context(device=torch.device("cpu"), cache=tmp_path, seed=0, base=tmp_path)
+    given = {"rubric": "alignment", "model": "m", "server": "http://localhost:1/v1"}
+    other = given | dict(yaml.safe_load(f"{{a: 1{change}}}"))
+    del other["a"]
+    one, two = (VlmJudge(VlmJudgeOptions.model_validate(o)).fingerprint(context) for o in (given, other))
+    assert (one == two) is same
+
+
+def test_a_judge_whose_weights_change_has_another_fingerprint(tmp_path: Path) -> None:
+    context = Context(device=torch.device("cpu"), cache=tmp_path, seed=0, base=tmp_path)
+    (tmp_path / "judge").mkdir()
+    weights = tmp_path / "judge" / "model.safetensors"
+    weights.write_bytes(b"one")
+    judge = VlmJudge(VlmJudgeOptions(rubric="alignment", model="judge"))
+    before, folder = judge.fingerprint(context), files_hash(tmp_path / "judge")
+    weights.write_bytes(b"other")
+    assert judge.fingerprint(context) != before
+    weights.rename(weights.with_name("renamed.safetensors"))
+    assert files_hash(tmp_path / "judge") != folder
