@@ -8,11 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from loguru import logger
-from torch import Tensor
 
+from velatura.core.asking import Asker, joined, scopes
+from velatura.core.breaker import CircuitBreaker
 from velatura.core.components import RewardModel
 from velatura.core.errors import RewardError
+from velatura.core.golden import GoldenSet
+from velatura.core.score_cache import ScoreCache
+from velatura.core.settings import Breaker
 from velatura.core.types import Prompt, RewardReport, Sample, Scores, Status
 
 WINDOW = 200
@@ -32,6 +35,14 @@ class WeightedReward:
     model: RewardModel  # type: ignore[type-arg]
     weight: float = 1.0
     weight_by_category: Mapping[str, float] = field(default_factory=dict)
+    breaker: Breaker | None = None
+    """When it is left alone; None asks it every time."""
+    cache: ScoreCache | None = None
+    """Where its scores are kept; None keeps none."""
+    threads: int | None = None
+    """CPU threads of torch while it scores; None leaves them as they are."""
+    golden: GoldenSet | None = None
+    """What its scores are checked on."""
 
     def weight_for(self, prompt: Prompt) -> float:
         """Weight for the prompt's category; 0 where the reward does not apply."""
@@ -63,31 +74,60 @@ class Judge:
         self.rewards = tuple(rewards)
         self.max_failed = max_failed
         self.retries = retries
-        self._threads = [ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"judge-{r.label}") for r in self.rewards]
+        self._threads = [_thread(reward) for reward in self.rewards]
+        self._askers = [
+            Asker(
+                label=r.label, model=r.model, retries=retries, cache=r.cache,
+                breaker=CircuitBreaker(label=r.label, settings=r.breaker),
+            )
+            for r in self.rewards
+        ]  # fmt: skip
+        self._reports = 0
+        self.health: dict[str, float] = {}
+        """Share of each golden set's expectations that held at its latest check, by metric name."""
         self._pending: list[tuple[tuple[Sample, ...], list[Future[Scores]]]] = []
         self._recent: dict[str, deque[bool]] = {r.label: deque(maxlen=WINDOW) for r in self.rewards}
         self.failures: Counter[tuple[str, str]] = Counter()
         """(reward, status name) -> count, over the life of this judge."""
 
-    def submit(self, samples: Sequence[Sample]) -> None:
-        """Begin to score samples; groups must be whole."""
+    def submit(self, samples: Sequence[Sample], repeat: int = 0) -> None:
+        """Begin to score samples; groups must be whole. `repeat` numbers further passes over the same pictures, which
+        are really made."""
         if not self.rewards:
             return
         own = tuple(samples)
-        scored = [t.submit(self._score, reward, own) for t, reward in zip(self._threads, self.rewards, strict=True)]
+        parts = zip(self._threads, self.rewards, self._askers, strict=True)
+        scored = [thread.submit(self._score, reward, asker, own, repeat) for thread, reward, asker in parts]
         self._pending.append((own, scored))
+
+    def check_golden(self) -> None:
+        """Score every reward's golden set now.
+
+        Raises:
+            RewardError: more are wrong than is allowed, or a score moved too far since the first check.
+        """
+        checks = [
+            (reward, thread.submit(reward.golden.check, reward.at, asker))
+            for reward, thread, asker in zip(self.rewards, self._threads, self._askers, strict=True)
+            if reward.golden is not None
+        ]
+        shares = {f"reward/{reward.label}/golden": check.result() for reward, check in checks}
+        self.health |= {name: share for name, share in shares.items() if share == share}
 
     def report(self, prompts: Sequence[Prompt]) -> RewardReport:
         """Scores of all samples submitted since the last report, in the order of submission.
 
         Raises:
-            RewardError: a reward failed more often than `max_failed` allows.
+            RewardError: a reward failed more often than `max_failed` allows, or its golden set no longer holds.
         """
+        self._reports += 1
         pending, self._pending = self._pending, []
         samples = [sample for own, _ in pending for sample in own]
-        columns = [_joined([futures[r].result() for _, futures in pending]) for r in range(len(self.rewards))]
+        columns = [joined([futures[r].result() for _, futures in pending]) for r in range(len(self.rewards))]
         for reward, scores in zip(self.rewards, columns, strict=True):
             self._count(reward, scores)
+        if any(r.golden is not None and self._reports % r.golden.every == 0 for r in self.rewards):
+            self.check_golden()
         return RewardReport(
             names=tuple(r.label for r in self.rewards),
             scores=torch.stack([c.values for c in columns], dim=1),
@@ -105,12 +145,18 @@ class Judge:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Judge:
+        """The golden sets are checked before anything is scored."""
+        try:
+            self.check_golden()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _score(self, reward: WeightedReward, samples: Sequence[Sample]) -> Scores:
+    def _score(self, reward: WeightedReward, asker: Asker, samples: Sequence[Sample], repeat: int) -> Scores:
         """All samples through one reward; those it does not apply to are never shown to it."""
         shown = [i for i, sample in enumerate(samples) if reward.weight_for(sample.prompt) > 0 or
                  (reward.weight == 0 and reward.applies(sample.prompt))]  # fmt: skip
@@ -118,43 +164,14 @@ class Judge:
         status = [Status.NOT_APPLICABLE] * len(samples)
         reasons = ["does not apply to this prompt"] * len(samples)
         notes = [""] * len(samples)
-        for part in _scopes(reward.model, samples, shown):
-            scores = self._patiently(reward, [samples[i] for i in part])
+        for part in scopes(reward.model, samples, shown):
+            scores = asker.scores([samples[i] for i in part], repeat)
             for j, i in enumerate(part):
                 values[i] = scores.values[j]
                 status[i] = scores.status[j]
                 reasons[i] = scores.reasons[j] if scores.reasons else ""
                 notes[i] = scores.notes[j] if scores.notes else ""
         return Scores(values=values, status=tuple(status), reasons=tuple(reasons), notes=tuple(notes))
-
-    def _patiently(self, reward: WeightedReward, samples: Sequence[Sample]) -> Scores:
-        """Score a batch; when that fails, again, and then one by one, so that one bad sample spoils no other."""
-        reason = ""
-        for attempt in range(1 + self.retries):
-            scores = _once(reward.model, samples)
-            if isinstance(scores, Scores):
-                return self._again(reward, samples, scores, self.retries - attempt)
-            reason = scores
-            logger.debug("reward '{}' failed (attempt {}): {}", reward.label, attempt + 1, reason)
-        if len(samples) == 1 or reward.model.scope == "group":
-            return Scores.missing(len(samples), Status.FAILED, reason)
-        return _joined([_once_or_failed(reward.model, [sample]) for sample in samples])
-
-    def _again(self, reward: WeightedReward, samples: Sequence[Sample], scores: Scores, retries: int) -> Scores:
-        """The same scores, with those that failed (a refusal is an answer) asked for once more while retries last."""
-        failed = [i for i, status in enumerate(scores.status) if status is Status.FAILED]
-        if not failed or retries <= 0 or reward.model.scope == "group":
-            return scores
-        second = _once(reward.model, [samples[i] for i in failed])
-        if not isinstance(second, Scores):
-            return scores
-        values, status = scores.values.clone(), list(scores.status)
-        reasons, notes = list(scores.reasons), list(scores.notes)
-        for j, i in enumerate(failed):
-            values[i], status[i] = second.values[j], second.status[j]
-            reasons[i], notes[i] = second.reasons[j], second.notes[j]
-        patched = Scores(values=values, status=tuple(status), reasons=tuple(reasons), notes=tuple(notes))
-        return self._again(reward, samples, patched, retries - 1)
 
     def _count(self, reward: WeightedReward, scores: Scores) -> None:
         recent = deque(self._recent[reward.label], maxlen=max(WINDOW, len(scores.status)))
@@ -177,70 +194,19 @@ class Judge:
             )
 
 
-def _scopes(model: RewardModel, samples: Sequence[Sample], shown: Sequence[int]) -> list[list[int]]:  # type: ignore[type-arg]
-    if not shown:
-        return []
-    if model.scope == "sample":
-        return [list(shown)]
-    groups: dict[int, list[int]] = {}
-    for i in shown:
-        groups.setdefault(samples[i].group, []).append(i)
-    return list(groups.values())
+def _thread(reward: WeightedReward) -> ThreadPoolExecutor:
+    """A thread for a reward, and if it asks for them CPU threads that nobody else has.
 
-
-def _once(model: RewardModel, samples: Sequence[Sample]) -> Scores | str:  # type: ignore[type-arg]
-    """Scores, or the reason why there are none. The edge of a plugin: any exception ends here."""
-    try:
-        scores = model.score(samples)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return _contradiction(scores, len(samples)) or _without_nonsense(scores)
-
-
-def _contradiction(scores: object, count: int) -> str:
-    """Why an answer is not one score for each of `count` samples; empty when it is."""
-    if not isinstance(scores, Scores):
-        return f"`score` returned {type(scores).__name__} instead of Scores"
-    if not isinstance(scores.values, Tensor):
-        return f"`score` returned Scores whose values are a {type(scores.values).__name__} instead of a tensor"
-    if tuple(scores.values.shape) != (count,) or len(scores.status) != count:
-        shape = " x ".join(map(str, scores.values.shape)) or "1 (a scalar)"
-        return f"`score` returned {shape} scores and {len(scores.status)} statuses for {count} samples"
-    if len(scores.reasons) not in (0, count):
-        return f"`score` returned {len(scores.reasons)} reasons for {count} samples"
-    if len(scores.notes) not in (0, count):
-        return f"`score` returned {len(scores.notes)} notes for {count} samples"
-    unknown = [status for status in scores.status if status not in list(Status)]
-    return f"`score` returned status {unknown[0]!r}, which is none of Status" if unknown else ""
-
-
-def _once_or_failed(model: RewardModel, samples: Sequence[Sample]) -> Scores:  # type: ignore[type-arg]
-    scores = _once(model, samples)
-    return Scores.missing(len(samples), Status.FAILED, scores) if isinstance(scores, str) else scores
-
-
-def _without_nonsense(scores: Scores) -> Scores:
-    """A NaN or infinite score is a failure; where none was given, the number beside the status is nothing."""
-    values = scores.values.detach().float().cpu()
-    finite = torch.isfinite(values)
-    status = [Status(s) for s in scores.status]
-    bad = [s is Status.OK and not ok for s, ok in zip(status, finite.tolist(), strict=True)]
-    reasons = scores.reasons or ("",) * len(status)
-    return Scores(
-        values=torch.where(finite, values, 0.0),
-        status=tuple(Status.FAILED if wrong else s for s, wrong in zip(status, bad, strict=True)),
-        reasons=tuple(
-            f"score is {value}" if wrong else reason
-            for reason, wrong, value in zip(reasons, bad, values.tolist(), strict=True)
-        ),
-        notes=scores.notes or ("",) * len(status),
+    In torch the number of CPU threads belongs to the thread that sets it, and new threads begin with what was set
+    last, by whomever: so the calling thread's number is fixed before and set again after.
+    """
+    name = f"judge-{reward.label}"
+    if reward.threads is None:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+    mine = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        max_workers=1, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(reward.threads,)
     )
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    return Scores(
-        values=torch.cat([part.values for part in parts]),
-        status=tuple(status for part in parts for status in part.status),
-        reasons=tuple(reason for part in parts for reason in (part.reasons or ("",) * len(part.status))),
-        notes=tuple(note for part in parts for note in (part.notes or ("",) * len(part.status))),
-    )
+    pool.submit(torch.get_num_threads).result()
+    torch.set_num_threads(mine)
+    return pool

@@ -120,7 +120,9 @@ def _charts(series: Mapping[str, list[Point]]) -> tuple[list[Chart], list[Chart]
         name: points
         for name, points in series.items()
         if name not in shown
-        and not re.fullmatch(r"reward/.+/(mean|failed)|gold/.+|probe/.+|.*\bkl\b.*", name)
+        and not re.fullmatch(
+            r"reward/.+/(mean|failed|golden|(asked|failure_rate)/.+)|gold/.+|probe/.+|.*\bkl\b.*", name
+        )
         and not name.startswith(BOOKKEEPING)
     }
     charts = [Chart(title=title, svg=line_chart(lines, label=title)) for title, lines in wanted if lines]

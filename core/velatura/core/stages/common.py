@@ -19,14 +19,18 @@ from torch import Tensor
 
 from velatura.core.build import build
 from velatura.core.checkpoint import write_text_atomic
-from velatura.core.components import Component, ModelAdapter, Observer, Task
+from velatura.core.components import Component, ModelAdapter, Observer, RewardModel, Task
 from velatura.core.engine import EngineConfig
 from velatura.core.errors import CheckpointError, RecipeError
+from velatura.core.fingerprint import reward_fingerprint
+from velatura.core.golden import GoldenSet
 from velatura.core.judge import Judge, WeightedReward
 from velatura.core.policy import Policy
 from velatura.core.ranks import Ranks, threads_of_process
 from velatura.core.recipe import Recipe, Ref, RewardRef
 from velatura.core.registry import Registry
+from velatura.core.score_cache import FILE as SCORES
+from velatura.core.score_cache import ScoreCache
 from velatura.core.types import Context, Prompt
 
 WEIGHTS = "weights.safetensors"
@@ -91,19 +95,20 @@ class StageRun:
 
     def judge(self, rewards: Sequence[RewardRef], max_failed: float) -> Judge:
         """A judge over the rewards of the recipe."""
-        return Judge(
-            [
-                WeightedReward(
-                    label=ref.name or ref.use,
-                    at=self.at(f"rewards.{i}"),
-                    model=self.build("reward", ref, f"rewards.{i}"),
-                    weight=ref.weight,
-                    weight_by_category=ref.weight_by_category,
-                )
-                for i, ref in enumerate(rewards)
-            ],
-            max_failed=max_failed,
-        )
+        return Judge([self._reward(ref, f"rewards.{i}") for i, ref in enumerate(rewards)], max_failed=max_failed)
+
+    def _reward(self, ref: RewardRef, place: str) -> WeightedReward:
+        """One reward, set up, with all that the recipe says of it."""
+        model: RewardModel[Any] = self.build("reward", ref, place)
+        cache = None
+        if model.cached if ref.cache is None else ref.cache:
+            known = reward_fingerprint(self.registry, ref, self.context(), model)
+            cache = ScoreCache(self.run_folder / SCORES, known)
+        return WeightedReward(
+            label=ref.label, at=self.at(place), model=model, weight=ref.weight,
+            weight_by_category=ref.weight_by_category, breaker=ref.breaker, cache=cache, threads=ref.threads,
+            golden=GoldenSet.load(ref.golden, self.base) if ref.golden else None,
+        )  # fmt: skip
 
     def engine_config(self) -> EngineConfig:
         """The engine of the recipe."""

@@ -23,6 +23,7 @@ from velatura.core.rollout import Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
 from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_log
+from velatura.core.stages.reward_metrics import counted_in, failure_metrics
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
 from velatura.core.types import (
@@ -79,6 +80,8 @@ class Loop:
                 self.showcase.draw(index + 1)
         return {
             **report_metrics(report),
+            **failure_metrics(report),
+            **self.judge.health,
             **{f"advantage/{name}": value for name, value in advantages.metrics.items()},
             **tally.metrics,
             **watch.seconds,
@@ -273,7 +276,9 @@ def run(stage: StageRun) -> dict[str, Any]:
             loop.showcase.draw(0)
         training.loop(loop.step, _note)
     scale = float(learner.guidance.scale(Role.ROLLOUT, torch.tensor([0.5])))
-    return training.finish() | {"guidance_scale": scale} | training.lineage() | {"failures": failures(stage)}
+    return training.finish() | {"guidance_scale": scale} | training.lineage() | {
+        "failures": failures(stage), "failures_by_category": counted_in(read_log(stage.folder / "metrics.jsonl"))
+    }  # fmt: skip
 
 
 def failures(stage: StageRun) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from loguru import logger
@@ -34,7 +34,7 @@ def rubric_of(options: VlmJudgeOptions, context: Context | None = None) -> Rubri
     return load_rubric(shipped_rubric(options.rubric))
 
 
-def judge_fingerprint(judge: RewardModel[VlmJudgeOptions], context: Context) -> str:
+def judge_fingerprint(judge: RewardModel[Any], context: Context) -> str:
     """Of the options that scores depend on, the model's folder, what the rubric says, shipped or one's own, and, of a
     server that was asked, whether scores are expectations or means of stated levels."""
     options = options_fingerprint(judge, context, PATIENCE)
