@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from velatura.core.errors import suggest
-from velatura.core.settings import DistillStage, EvaluateStage, ExportStage, RLStage, Stage
+from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RLStage, Stage
 from velatura.core.source import Location
 
 BASE = "base"
@@ -40,6 +40,8 @@ def references(name: str, stage: Stage) -> Iterator[Reference]:
     if isinstance(stage, EvaluateStage):
         for index, target in enumerate(stage.models):
             yield Reference(at=(*at, "models", index), target=target, kinds=TRAINED, role="a model", base=True)
+    if isinstance(stage, CurateStage) and stage.after is not None:
+        yield Reference(at=(*at, "after"), target=stage.after, kinds=("curate",), role="an earlier choice of prompts")
     if isinstance(stage, RLStage) and stage.prompts is not None:
         yield Reference(at=(*at, "prompts"), target=stage.prompts, kinds=("curate",), role="a choice of prompts")
     if isinstance(stage, DistillStage):

@@ -180,6 +180,15 @@ class CurateStage(Settings):
     model: str = Field("base", description="Whose samples are judged.")
     max_prompts: Count | None = Field(None, description="Look at the first so many prompts only.")
     max_failed: Share = Field(0.05, description="Stop when a larger share of scores failed.")
+    repeats: Count | None = Field(
+        None, description="How often each picture is scored; from 2 on the filter knows the rewards' noise."
+    )
+    confirm: bool | None = Field(
+        None, description="Sample prompts near the threshold again, with fresh seeds, before it is decided."
+    )
+    after: str | None = Field(
+        None, description="An earlier curate stage: what it kept stays, and the prompts that slept are screened again."
+    )
 
     @field_validator("group_size")
     @classmethod

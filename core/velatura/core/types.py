@@ -200,6 +200,8 @@ class RewardReport:
     """[R][B] or empty: why a score is missing."""
     notes: tuple[tuple[str, ...], ...] = ()
     """[R][B] or empty: what the rewards say of their scores, for people."""
+    repeats: Tensor | None = None
+    """[K B R] fp32: scores of the same pictures in K further passes, NaN where there is none; None without any."""
 
     @property
     def valid(self) -> Tensor:
@@ -239,6 +241,13 @@ class Admission:
     """[P] one short phrase for the ledger."""
     statistic: Tensor
     """[P] fp32: the number the decision was made on; NaN where it could not be computed."""
+    state: tuple[str, ...] = ()
+    """[P] or empty: `active`, `flat`, `solved` or `too_hard` (both sleep), `noisy`, `hackable` or `failed` (kept away
+    until somebody looked)."""
+    threshold: Tensor | None = None
+    """[P] fp32 or None: what the statistic was compared with; NaN where there was nothing to compare."""
+    borderline: Tensor | None = None
+    """[P] bool or None: decisions that another look might turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

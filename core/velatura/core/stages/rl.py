@@ -26,6 +26,8 @@ from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_
 from velatura.core.stages.reward_metrics import counted_in, failure_metrics
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
+from velatura.core.training_ledger import FILE as PROMPTS
+from velatura.core.training_ledger import TrainingLedger, admission_metrics
 from velatura.core.types import (
     Advantages,
     Prompt,
@@ -52,6 +54,7 @@ class Loop:
     judge: Judge
     stream: PromptStream
     showcase: Showcase
+    ledger: TrainingLedger
 
     def step(self, index: int) -> dict[str, float]:
         """Sample, judge, learn."""
@@ -69,7 +72,9 @@ class Loop:
             judged = self.judge.report(own)
             report, rows = whole_report(ranks, judged, prompts, dealt)
         self.stage.notify("rollout_done", RolloutDone(step=index, rollout=made, report=judged))
-        admitted = report if self.prompt_filter is None else report.only(self.prompt_filter.admit(report))
+        admission = None if self.prompt_filter is None else self.prompt_filter.admit(report)
+        admitted = report if admission is None else report.only(admission)
+        self.ledger.refresh(index, report, admission)
         advantages = self.advantage.estimate(admitted)
         with watch.phase("update"):
             tally = self.learn(index, made, advantages.of(rows), with_signal(report, advantages), dealt[ranks.rank])
@@ -82,6 +87,8 @@ class Loop:
             **report_metrics(report),
             **failure_metrics(report),
             **self.judge.health,
+            **admission_metrics(admission),
+            **self.ledger.metrics(),
             **{f"advantage/{name}": value for name, value in advantages.metrics.items()},
             **tally.metrics,
             **watch.seconds,
@@ -271,6 +278,12 @@ def run(stage: StageRun) -> dict[str, Any]:
                 prompts, config.prompts_per_step, seed=stage.seed, at=f"stages.{stage.name}", start=training.start
             ),
             showcase=Showcase(stage, training.policy, sampler, prompts),
+            ledger=TrainingLedger.open(
+                stage.folder / PROMPTS,
+                config.group_size,
+                stage.run_folder / config.prompts / "ledger.parquet" if config.prompts else None,
+                writes=stage.ranks.first,
+            ),
         )
         if training.start == 0:
             loop.showcase.draw(0)
