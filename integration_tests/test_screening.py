@@ -79,9 +79,7 @@ def test_a_later_stage_screens_what_slept_and_leaves_the_rest(folder: Path) -> N
 
 def test_groups_that_are_only_noise_teach_nothing_and_are_written_down(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "teach" / "metrics.jsonl").read_text().splitlines()]
-    assert all(
-        line["filter/dropped"] == line["filter/flat"] == 1 and line["advantage/dropped_groups"] == 1 for line in lines
-    )
+    assert all(line["filter/dropped"] == line["filter/flat"] == 1 and line["rows/gradient"] == 0 for line in lines)
     rows = ledger(folder, "teach", "prompts.parquet")
     seen = [row for row in rows if row["seen"]]
     assert seen
