@@ -24,7 +24,7 @@ COUNT = GROUPS * G
 NAN = {level: math.nan for level in "12345"}
 FAULTS: dict[str, Callable[[Question], Raw]] = {
     "error": lambda q: Raw(b"CUDA out of memory", status=400),
-    "time-out": lambda q: Raw(serving.by_brightness(q).body, delay=0.8),
+    "time-out": lambda q: Raw(serving.by_brightness(q).body, delay=6.0),
     "malformed": lambda q: Raw(b'{"choices": [{"mess'),
     "refusal": lambda q: completion(["I", " cannot", " help", " with", " that", "."], {"5": 0.9}, at=0),
     "nan": lambda q: Raw(
@@ -75,7 +75,7 @@ def faulty(serve: Make, judge: Make) -> Callable[[], Any]:
 
     def make() -> Any:
         server = serve()
-        made = judge(server, timeout=0.4, retries=1, deadline=3, concurrency=16)
+        made = judge(server, timeout=3, retries=0, deadline=60, concurrency=8)
         server.behaviour = lambda q: FAULTS[faults[number(q)]](q) if number(q) in faults else serving.by_brightness(q)
         return made
 
