@@ -23,6 +23,7 @@ from velatura.core.hookspecs import hookimpl
 from velatura.core.types import (
     Admission,
     Advantages,
+    Calibration,
     Conditioning,
     Context,
     Loss,
@@ -44,6 +45,7 @@ __all__ = [
     "Admission",
     "AdvantageEstimator",
     "Advantages",
+    "Calibration",
     "CheckpointSaved",
     "Component",
     "Conditioning",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from velatura.core.types import (
         Admission,
         Advantages,
+        Calibration,
         Conditioning,
         Context,
         Loss,
@@ -157,6 +158,21 @@ class AdvantageEstimator(Component[O]):
     @abstractmethod
     def estimate(self, report: RewardReport) -> Advantages:
         """[B] advantages; groups by id, never by text; 0 and not valid where a score is missing."""
+
+    def complaint(self, rewards: Mapping[str, float], *, calibrated: bool) -> str:
+        """What is wrong with these options in a stage with these rewards (name -> largest weight), empty when nothing
+        is. Asked before anything runs; `calibrated`: whether `calibrate` will be called."""
+        return ""
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """What a calibrate stage measured, given once after `setup` where the stage takes its weights from one."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """What it remembers of earlier steps, as tensors for the checkpoint; nothing by default."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there, bit for bit."""
 
 
 class PolicyObjective(Component[O]):

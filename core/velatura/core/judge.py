@@ -45,8 +45,10 @@ class WeightedReward:
     """What its scores are checked on."""
 
     def weight_for(self, prompt: Prompt) -> float:
-        """Weight for the prompt's category; 0 where the reward does not apply."""
-        return self.weight_by_category.get(prompt.category, self.weight) if self.applies(prompt) else 0.0
+        """Weight for the prompt's category, of several their mean by share; 0 where the reward does not apply."""
+        if not self.applies(prompt):
+            return 0.0
+        return sum(share * self.weight_by_category.get(c, self.weight) for c, share in prompt.membership.items())
 
     def applies(self, prompt: Prompt) -> bool:
         """What the reward says of the prompt.

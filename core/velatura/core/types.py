@@ -18,6 +18,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from velatura.core.errors import VelaturaError
+
 
 class Status(IntEnum):
     """What became of one score. Only `OK` carries a number; everything else is masked, never turned into one."""
@@ -57,7 +59,32 @@ class Prompt:
     target: Tensor | None = None
     """The picture to learn from, `3 H W`; only supervised stages read it."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever the rewards of this task need to judge a picture."""
+    """Whatever the rewards of this task need to judge a picture; `categories`, where a prompt belongs to several."""
+
+    @property
+    def membership(self) -> Mapping[str, float]:
+        """Category -> share, summing to 1: `metadata["categories"]`, or all of `category`.
+
+        Raises:
+            VelaturaError: the shares are none.
+        """
+        given = self.metadata.get("categories")
+        if given is None:
+            return {self.category: 1.0}
+        return _shares(given, self.id)
+
+
+def _shares(given: object, prompt: str) -> Mapping[str, float]:
+    """Categories with their shares, as a prompt's metadata has them."""
+    fits = isinstance(given, Mapping) and all(
+        isinstance(name, str) and type(share) in (int, float) and 0 <= share <= 1 for name, share in given.items()
+    )
+    if not (isinstance(given, Mapping) and fits and abs(sum(given.values()) - 1) <= 1e-6):
+        raise VelaturaError(
+            f"prompt {prompt!r}: metadata `categories` is {given!r}; write categories with shares that sum to 1, like "
+            f'{{"portrait": 0.7, "general": 0.3}}'
+        )
+    return {name: float(share) for name, share in given.items() if share > 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +290,32 @@ class Advantages:
     def of(self, rows: Tensor) -> Advantages:
         """Those of the samples at `rows` [B']."""
         return replace(self, values=self.values[rows], valid=self.valid[rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What a calibrate stage measured and decided, for the stages that take their weights from it."""
+
+    names: tuple[str, ...]
+    """[M] rewards, then guards."""
+    weights: Mapping[str, Mapping[str, float]]
+    """Category -> reward -> weight of its standardised score, summing to 1."""
+    noise: Mapping[str, Mapping[str, float]]
+    """Category -> name -> std of the score of one and the same picture; what does not apply there is left out."""
+    spread: Mapping[str, Mapping[str, float]]
+    """Category -> name -> pooled std of the scores within a group."""
+    sigma: Mapping[str, Tensor]
+    """Category -> [M M] correlations of standardised scores within a group; 0 beside the diagonal where not known."""
+
+    def correlation(self, category: str, rewards: Sequence[str]) -> Tensor:
+        """[R R] of some rewards in this order; those it does not know are correlated with nothing."""
+        known = {name: i for i, name in enumerate(self.names)}
+        found = torch.eye(len(rewards), dtype=torch.float64)
+        for i, one in enumerate(rewards):
+            for j, other in enumerate(rewards):
+                if one in known and other in known:
+                    found[i, j] = self.sigma[category][known[one], known[other]]
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

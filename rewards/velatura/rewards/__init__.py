@@ -44,7 +44,14 @@ def velatura_reward() -> Sequence[str]:
 @hookimpl
 def velatura_advantage() -> Sequence[str]:
     """From scores to how much better than its group a sample is."""
-    return ["group-z = velatura.rewards.advantages:GroupZ"]
+    return [
+        "group-z = velatura.rewards.advantages:GroupZ",
+        "pooled-std = velatura.rewards.reliability:PooledStd",
+        "rank-normal = velatura.rewards.advantages:RankNormal",
+        "raw-sum = velatura.rewards.advantages:RawSum",
+        "reliability-z = velatura.rewards.reliability:ReliabilityZ",
+        "winrate = velatura.rewards.advantages:WinRate",
+    ]
 
 
 @hookimpl
