@@ -19,6 +19,7 @@ from velatura.core.judge import Judge
 from velatura.core.learner import SET_OF, Learner, Tally, sets_for
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
 from velatura.core.policy import CURRENT, START
+from velatura.core.ledger import read_calibration, require_calibrated
 from velatura.core.rollout import Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
@@ -238,6 +239,20 @@ def training_prompts(stage: StageRun) -> Sequence[Prompt]:
     return stage.task_of(stage.name).prompts("train")
 
 
+def calibrated_advantage(stage: StageRun, prompts: Sequence[Prompt]) -> AdvantageEstimator[Any]:
+    """The stage's advantage estimator, with what its calibrate stage measured, if it has one.
+
+    Raises:
+        RecipeError: there are prompts of a category that was not calibrated.
+    """
+    advantage: AdvantageEstimator[Any] = stage.build("advantage", stage.config.advantage, "advantage")
+    if stage.config.weights_from:
+        calibration = read_calibration(stage.run_folder, stage.config.weights_from)
+        require_calibrated(calibration, prompts, stage.config.weights_from, stage.at("weights_from"))
+        advantage.calibrate(calibration)
+    return advantage
+
+
 def run(stage: StageRun) -> dict[str, Any]:
     """Train one teacher."""
     config = stage.config
@@ -264,6 +279,8 @@ def run(stage: StageRun) -> dict[str, Any]:
     )
     prompts = training_prompts(stage)
     stage.ranks.require(config.prompts_per_step, stage.at("prompts_per_step"))
+    advantage = calibrated_advantage(stage, prompts)
+    training.carry("advantage", advantage)
     with stage.judge(config.rewards, config.max_failed) as judge:
         loop = Loop(
             stage=stage,
@@ -271,7 +288,7 @@ def run(stage: StageRun) -> dict[str, Any]:
             learner=learner,
             sampler=sampler,
             timesteps=stage.build("timesteps", config.timesteps, "timesteps"),
-            advantage=stage.build("advantage", config.advantage, "advantage"),
+            advantage=advantage,
             prompt_filter=config.prompt_filter and stage.build("prompt_filter", config.prompt_filter, "prompt_filter"),
             judge=judge,
             stream=PromptStream(

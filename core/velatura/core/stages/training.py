@@ -13,13 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from velatura.core.checkpoint import load_latest, save_checkpoint
-from velatura.core.components import ModelAdapter
+from velatura.core.components import AdvantageEstimator, ModelAdapter
 from velatura.core.engine import OptimizerConfig, make_engine
 from velatura.core.engine.protocol import Engine
 from velatura.core.errors import VelaturaError
 from velatura.core.events import CheckpointSaved, RunEnd, RunStart, StepEnd
 from velatura.core.policy import CURRENT, START, Policy
 from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, manifest_of
+
+CARRIED = "memory-"
+"""Sections of a checkpoint that hold what components remember begin with this."""
 
 
 class Training:
@@ -41,6 +44,8 @@ class Training:
         for name in (*sets, *fixed):
             self.policy.remember(name, follows=name in sets)
         self.policy.mark_same(START, CURRENT)
+        self._carried: dict[str, AdvantageEstimator[Any]] = {}
+        self._remembered: dict[str, Mapping[str, Tensor]] = {}
         self.start = self._resume()
         self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start) if run.ranks.first else None
 
@@ -60,8 +65,15 @@ class Training:
             if found.state["same_as_current"].get(name):
                 self.policy.mark_same(name, CURRENT)
         self.engine.load_state_dict(found.tensors["optimizer"])
+        self._remembered = {name: own for name, own in found.tensors.items() if name.startswith(CARRIED)}
         logger.info("{}: goes on from step {}", self.run.name, found.step)
         return int(found.step)
+
+    def carry(self, name: str, component: AdvantageEstimator[Any]) -> None:
+        """What `component` remembers is part of every checkpoint from now on, and comes from the one resumed from."""
+        self._carried[CARRIED + name] = component
+        if CARRIED + name in self._remembered:
+            component.load_state_dict(self._remembered.pop(CARRIED + name))
 
     def save(self, step: int, extra: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
         """A complete checkpoint after `step` steps."""
@@ -69,6 +81,7 @@ class Training:
             "policy": self.policy.weights(),
             "optimizer": self.engine.state_dict(),
             **{f"set-{name}": self.policy.sets[name] for name in self._sets},
+            **{name: state for name, own in self._carried.items() if (state := own.state_dict())},
             **(extra or {}),
         }
         state = {
