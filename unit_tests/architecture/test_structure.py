@@ -15,6 +15,7 @@ PORTIONS = ("core", "plugins", "rewards", "schedulers")
 FILE_LINES, FUNCTION_LINES = 400, 50
 LIGHT = (
     *("components", "hookspecs", "errors", "explain", "settings", "source", "graph", "recipe"),
+    *("calibrate_settings", "kinds"),
     *("registry", "plugin", "describe", "build"),
 )
 

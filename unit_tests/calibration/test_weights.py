@@ -151,7 +151,9 @@ def test_random_constraints_are_kept() -> None:
 GROUPS, SIZE = 300, 8
 
 
-def measured(sigma: np.ndarray, noise: list[float], *, seed: int = 0, passes: int = 2, groups: int = GROUPS) -> Measured:
+def measured(
+    sigma: np.ndarray, noise: list[float], *, seed: int = 0, passes: int = 2, groups: int = GROUPS
+) -> Measured:
     rng = np.random.default_rng(seed)
     true = rng.multivariate_normal(np.zeros(len(sigma)), sigma, size=groups * SIZE)
     scores = true + rng.normal(size=(passes, *true.shape)) * np.array(noise)

@@ -1,8 +1,8 @@
 """From scores of groups to reward weights: noise, correlations, risk budgets, and no guarded reward pushed down.
 
-A reward's weight says nothing of how much it moves the policy: a reward that agrees with others moves it with them. What
-people can state is a budget, the share of the advantage's variance that a reward is to have in a category; the weights
-that give these shares are found here. Pure numbers; nothing is drawn or scored.
+A reward's weight does not say how much it moves the policy: a reward that agrees with others moves it with them. What
+people can state is a budget, the share of the advantage's variance that a reward is to have in a category; the
+weights that give these shares are found here. Pure numbers; nothing is drawn or scored.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _max_min(sigma: Floats, start: Floats, free: Bools) -> Floats:
     guarded = np.diag(sigma) > FLOOR
     even = free / free.sum()
     starts = [start, even, *(0.8 * np.eye(count)[k] + 0.2 * even for k in np.flatnonzero(free))]
-    best = max(starts, key=lambda w: _least(sigma, w))
+    best: Floats = max(starts, key=lambda w: _least(sigma, w))
     for w0 in starts:
         solved = optimize.minimize(
             lambda x: -x[-1], np.append(w0, _least(sigma, w0)), jac=lambda x: -np.eye(count + 1)[-1], method="SLSQP",

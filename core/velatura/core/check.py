@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from velatura.core.build import build
+from velatura.core.calibrate_checks import check_weights
 from velatura.core.components import Component, PolicyObjective
 from velatura.core.errors import RecipeError, suggest
 from velatura.core.estimate import Speed, work
@@ -47,10 +48,12 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
         if stage.stage == "distill":
             _check_adapters(recipe, registry, name, stage)
             warnings += _check_guidance_of_teachers(recipe, registry, name, stage)
-        if stage.stage in ("rl", "curate", "distill"):
+        if stage.stage in ("rl", "curate", "calibrate", "distill"):
             warnings += _check_folded_start(recipe, registry, name, stage)
         if stage.stage in ("rl", "curate"):
             warnings += _check_categories(recipe, name, stage, categories)
+        if stage.stage in ("rl", "curate", "calibrate"):
+            check_weights(recipe, registry, name, categories.of)
     return warnings
 
 
@@ -79,7 +82,9 @@ def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None
             f"{at}: objective '{objective.name}' needs stochastic steps, but kernel '{kernel.name}' has none. Choose "
             f"a stochastic kernel, or an objective that re-noises finished samples, such as 'nft'."
         )
-    if not any(ref.weight > 0 or any(w > 0 for w in ref.weight_by_category.values()) for ref in stage.rewards):
+    if stage.weights_from is None and not any(
+        ref.weight > 0 or any(w > 0 for w in ref.weight_by_category.values()) for ref in stage.rewards
+    ):
         place = recipe.at(("stages", name, "rewards"))
         raise RecipeError(f"{place}: every weight is 0, so there is nothing to learn from. Give one a weight.")
 
@@ -140,7 +145,7 @@ def _check_guidance_of_teachers(recipe: Recipe, registry: Registry, name: str, s
 
 def _check_folded_start(recipe: Recipe, registry: Registry, name: str, stage: Any) -> list[str]:
     """Guidance that is folded in stays, and more of it compounds."""
-    field = "model" if stage.stage == "curate" else "init"
+    field = "init" if stage.stage in ("rl", "distill") else "model"
     source = getattr(stage, field)
     folded = folded_scale(recipe, registry, source)
     if folded == 1:
@@ -171,7 +176,9 @@ class Categories:
         key = ref.model_dump_json(by_alias=True)
         if key not in self._known:
             task: Any = ready(self.recipe, self.registry, "task", ref)
-            self._known[key] = frozenset(prompt.category for prompt in islice(task.prompts("train"), LOOK))
+            self._known[key] = frozenset(
+                category for prompt in islice(task.prompts("train"), LOOK) for category in prompt.membership
+            )
         return self._known[key]
 
 

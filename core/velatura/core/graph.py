@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from velatura.core.calibrate_settings import CalibrateStage
 from velatura.core.errors import suggest
-from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RLStage, Stage
+from velatura.core.kinds import Stage
+from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RLStage
 from velatura.core.source import Location
 
 BASE = "base"
@@ -42,8 +44,12 @@ def references(name: str, stage: Stage) -> Iterator[Reference]:
             yield Reference(at=(*at, "models", index), target=target, kinds=TRAINED, role="a model", base=True)
     if isinstance(stage, CurateStage) and stage.after is not None:
         yield Reference(at=(*at, "after"), target=stage.after, kinds=("curate",), role="an earlier choice of prompts")
-    if isinstance(stage, RLStage) and stage.prompts is not None:
+    if isinstance(stage, RLStage | CalibrateStage) and stage.prompts is not None:
         yield Reference(at=(*at, "prompts"), target=stage.prompts, kinds=("curate",), role="a choice of prompts")
+    if isinstance(stage, RLStage | CurateStage) and stage.weights_from is not None:
+        yield Reference(
+            at=(*at, "weights_from"), target=stage.weights_from, kinds=("calibrate",), role="reward weights"
+        )
     if isinstance(stage, DistillStage):
         for route, target in stage.teachers.items():
             yield Reference(at=(*at, "teachers", route), target=target, kinds=TEACHING, role="a teacher")

@@ -14,8 +14,10 @@ from typing import Any, get_args
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from velatura.core import graph
+from velatura.core.calibrate_settings import CalibrateStage, mismatches
 from velatura.core.errors import RecipeError, prefixed, suggest
 from velatura.core.explain import complaints, keys
+from velatura.core.kinds import Stage
 from velatura.core.settings import (
     CurateStage,
     DistillStage,
@@ -28,7 +30,6 @@ from velatura.core.settings import (
     RLStage,
     Sampling,
     Settings,
-    Stage,
     SupervisedStage,
     Whole,
 )
@@ -36,6 +37,7 @@ from velatura.core.source import Location, Source, assign, parse_override, read
 
 __all__ = [
     "SLOTS",
+    "CalibrateStage",
     "CurateStage",
     "DistillStage",
     "Engine",
@@ -62,6 +64,7 @@ SLOTS = {
     "kernel": "kernel",
     "timesteps": "timesteps",
     "rewards": "reward",
+    "guards": "reward",
     "advantage": "advantage",
     "objective": "objective",
     "distiller": "distiller",
@@ -93,8 +96,8 @@ class Recipe(Settings):
     task: Ref | None = None
     guidance: Ref | None = Field(
         None,
-        description="Default for the stages that guide their samples: curate, rl, evaluate. A distill stage has its "
-        "own, which says how its teachers are asked.",
+        description="Default for the stages that guide their samples: curate, calibrate, rl, evaluate. A distill stage "
+        "has its own, which says how its teachers are asked.",
     )
     kernel: Ref | None = None
     timesteps: Ref | None = None
@@ -125,7 +128,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        found = [*self._misnamed(), *graph.complaints(self.stages)]
+        found = [*self._misnamed(), *graph.complaints(self.stages), *mismatches(self.stages)]
         if found:
             raise RecipeError("\n".join(dict.fromkeys(prefixed(self.at(place), message) for place, message in found)))
         return self
@@ -144,6 +147,8 @@ class Recipe(Settings):
                     message = f"two rewards are called {reward.label!r}; give one of them another 'name'"
                     yield ("stages", name, "rewards", index), message
                 seen.add(reward.label)
+            if isinstance(stage, CalibrateStage):
+                yield from ((("stages", name, *place), message) for place, message in stage.complaints())
         for index, plugin in enumerate(self.plugins):
             if not plugin.endswith(".py"):
                 message = f"{plugin!r} is not a .py file; an installed plugin is used by naming it: 'use: {plugin}/...'"
@@ -177,9 +182,9 @@ class Recipe(Settings):
     def task_of(self, name: str) -> Ref | None:
         """The task whose prompts a stage trains on or curates."""
         stage = self.stage(name)
-        if isinstance(stage, RLStage) and stage.prompts is not None:
+        if isinstance(stage, RLStage | CalibrateStage) and stage.prompts is not None:
             return self.task_of(stage.prompts)
-        return stage.task if isinstance(stage, CurateStage | RLStage | SupervisedStage) else None
+        return stage.task if isinstance(stage, CurateStage | CalibrateStage | RLStage | SupervisedStage) else None
 
     def tasks_of(self, name: str) -> dict[str, Ref]:
         """Route -> task of the prompts that a stage uses.
@@ -207,7 +212,7 @@ class Recipe(Settings):
         those that a distill stage has of its own: a student is measured where its teachers are.
         """
         found: dict[str, Ref] = {}
-        for kinds in (("distill",), ("curate", "rl"), ("supervised",)):
+        for kinds in (("distill",), ("curate", "calibrate", "rl"), ("supervised",)):
             if kinds == ("supervised",) and found:
                 break
             for name, stage in ((name, stage) for name, stage in self.stages.items() if stage.stage in kinds):

@@ -159,7 +159,8 @@ def _leaves_warmup(optimizer: Optimizer, updates: int) -> None:
         )
 
 
-def _group_of(value: int, why: str) -> int:
+def group_of(value: int, why: str) -> int:
+    """A size of groups in which something can be compared."""
     if value < 2:
         raise ValueError(f"a group of {value} teaches nothing: {why}. Take 2 or more; 8 to 24 is usual")
     return value
@@ -175,6 +176,9 @@ class CurateStage(Settings):
     kernel: Ref = Ref(use="ode")
     sampling: Sampling = Sampling()
     rewards: list[RewardRef] = Field(min_length=1)
+    weights_from: str | None = Field(
+        None, description="The calibrate stage that finds the weights of the rewards, in place of those written here."
+    )
     prompt_filter: Ref = Ref(use="range")
     group_size: Annotated[int, Field(strict=True)] = Field(8, description="Samples per prompt.")
     model: str = Field("base", description="Whose samples are judged.")
@@ -193,7 +197,7 @@ class CurateStage(Settings):
     @field_validator("group_size")
     @classmethod
     def _compares(cls, value: int) -> int:
-        return _group_of(value, "curation compares the samples of a prompt with each other")
+        return group_of(value, "curation compares the samples of a prompt with each other")
 
 
 class RLStage(Settings):
@@ -207,6 +211,9 @@ class RLStage(Settings):
     kernel: Ref = Ref(use="ode")
     timesteps: Ref = Ref(use="high-noise")
     rewards: list[RewardRef] = Field(min_length=1)
+    weights_from: str | None = Field(
+        None, description="The calibrate stage that finds the weights of the rewards, in place of those written here."
+    )
     advantage: Ref = Ref(use="group-z")
     objective: Ref = Ref(use="nft")
     prompt_filter: Ref | None = Field(None, description="Drops prompts during training, by their own samples.")
@@ -230,7 +237,7 @@ class RLStage(Settings):
     @field_validator("group_size")
     @classmethod
     def _compares(cls, value: int) -> int:
-        return _group_of(value, "an advantage says how much better a sample is than the rest of its group")
+        return group_of(value, "an advantage says how much better a sample is than the rest of its group")
 
     @model_validator(mode="after")
     def _one_origin_of_prompts(self) -> RLStage:
@@ -371,8 +378,3 @@ class ExportStage(Settings):
 
     stage: Literal["export"]
     model: str = Field(description="The stage whose model is exported.")
-
-
-Stage = Annotated[
-    CurateStage | RLStage | DistillStage | SupervisedStage | EvaluateStage | ExportStage, Field(discriminator="stage")
-]

@@ -143,4 +143,5 @@ def _normal_scores(scores: Comparable) -> Tensor:
     """[B R] Blom's scores; 0 for a group of equal ones."""
     above, below, others = _compared(scores, 0.0)
     rank = 1 + below + (others - above - below) / 2
-    return torch.special.ndtri((rank - 0.375) / (others + 1.25)).where(scores.counts & (others > 0), 0)
+    normal: Tensor = torch.special.ndtri((rank - 0.375) / (others + 1.25))
+    return normal.where(scores.counts & (others > 0), 0)

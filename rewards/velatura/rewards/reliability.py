@@ -114,8 +114,8 @@ class ReliabilityZOptions(PooledStdOptions):
     nu: float = Field(4.0, ge=0, description="How many samples the pooled variance counts for beside a group's own.")
     noise: dict[str, NotNegative | dict[str, NotNegative]] = Field(
         default_factory=dict,
-        description="Reward -> std of its score of one and the same picture, or category -> std. What is left out comes "
-        "from the stage's `weights_from`.",
+        description="Reward -> std of its score of one and the same picture, or category -> std. What is left out "
+        "comes from the stage's `weights_from`.",
     )
     prior_groups: float = Field(
         100.0, gt=0, description="How many groups the correlations of all categories count for beside a category's own."
@@ -273,4 +273,3 @@ def _reliabilities(report: RewardReport, rho: Tensor) -> dict[str, float]:
     asked = (report.weight > 0).any(0).tolist()
     means = rho.mean(0).tolist()
     return {f"reliability/{n}": mean for n, mean, own in zip(report.names, means, asked, strict=True) if own}
-

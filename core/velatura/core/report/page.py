@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from velatura.core.pictures import write_bytes_atomic
+from velatura.core.report.calibration import read_weights_page
 from velatura.core.report.data import Run, Stage, read_run
 from velatura.core.report.process import duration, failures, read_course, read_curation, recipe_text
 from velatura.core.report.results import Result, read_results
@@ -31,6 +32,7 @@ def build_report(run_folder: Path) -> Path:
     results = read_results(run.of_kind("evaluate"), notes)
     courses = [read_course(stage, notes) for stage in run.of_kind(*TRAINING)]
     curations = [found for stage in run.of_kind("curate") if (found := read_curation(stage, notes))]
+    calibrations = [found for stage in run.of_kind("calibrate") if (found := read_weights_page(stage, notes))]
     if not run.of_kind("evaluate"):
         notes.append("No evaluation has run yet, so there is nothing to compare.")
     page = _environment().get_template("template.html.j2").render(
@@ -43,6 +45,7 @@ def build_report(run_folder: Path) -> Path:
         results=results,
         courses=courses,
         curations=curations,
+        calibrations=calibrations,
         failures=failures(run, _missing(results)),
         resolved=recipe_text(run),
         plugins=run.resolved.get("plugins") or [],

@@ -32,6 +32,7 @@ from velatura.core.registry import Registry
 from velatura.core.score_cache import FILE as SCORES
 from velatura.core.score_cache import ScoreCache
 from velatura.core.types import Context, Prompt
+from velatura.core.weight_ledger import calibrated_weights, read_calibration
 
 WEIGHTS = "weights.safetensors"
 C = TypeVar("C", bound=Component[Any])
@@ -94,10 +95,13 @@ class StageRun:
         return task
 
     def judge(self, rewards: Sequence[RewardRef], max_failed: float) -> Judge:
-        """A judge over the rewards of the recipe."""
-        return Judge([self._reward(ref, f"rewards.{i}") for i, ref in enumerate(rewards)], max_failed=max_failed)
+        """A judge over the rewards of the recipe, with their weights or those that a calibrate stage found."""
+        weights = self._weights(rewards)
+        return Judge(
+            [self._reward(ref, f"rewards.{i}", *weights[i]) for i, ref in enumerate(rewards)], max_failed=max_failed
+        )
 
-    def _reward(self, ref: RewardRef, place: str) -> WeightedReward:
+    def _reward(self, ref: RewardRef, place: str, weight: float, by_category: Mapping[str, float]) -> WeightedReward:
         """One reward, set up, with all that the recipe says of it."""
         model: RewardModel[Any] = self.build("reward", ref, place)
         cache = None
@@ -105,10 +109,25 @@ class StageRun:
             known = reward_fingerprint(self.registry, ref, self.context(), model)
             cache = ScoreCache(self.run_folder / SCORES, known)
         return WeightedReward(
-            label=ref.label, at=self.at(place), model=model, weight=ref.weight,
-            weight_by_category=ref.weight_by_category, breaker=ref.breaker, cache=cache, threads=ref.threads,
+            label=ref.label, at=self.at(place), model=model, weight=weight,
+            weight_by_category=by_category, breaker=ref.breaker, cache=cache, threads=ref.threads,
             golden=GoldenSet.load(ref.golden, self.base) if ref.golden else None,
         )  # fmt: skip
+
+    def _weights(self, rewards: Sequence[RewardRef]) -> list[tuple[float, Mapping[str, float]]]:
+        """Weight and weight by category of each reward. Curation compares raw scores, so there weights of standardised
+        ones are divided by the spread of their reward."""
+        source = getattr(self.config, "weights_from", None)
+        if source is None:
+            return [(ref.weight, ref.weight_by_category) for ref in rewards]
+        calibration, raw = read_calibration(self.run_folder, source), self.config.stage == "curate"
+        known = set(next(iter(calibration.weights.values())))
+        return [
+            (0.0, calibrated_weights(calibration, ref.label, raw=raw))
+            if ref.label in known
+            else (ref.weight, ref.weight_by_category)
+            for ref in rewards
+        ]
 
     def engine_config(self) -> EngineConfig:
         """The engine of the recipe."""

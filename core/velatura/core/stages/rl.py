@@ -19,7 +19,6 @@ from velatura.core.judge import Judge
 from velatura.core.learner import SET_OF, Learner, Tally, sets_for
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
 from velatura.core.policy import CURRENT, START
-from velatura.core.ledger import read_calibration, require_calibrated
 from velatura.core.rollout import Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
@@ -39,6 +38,7 @@ from velatura.core.types import (
     Sample,
     group_rows,
 )
+from velatura.core.weight_ledger import read_calibration, require_calibrated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,7 @@ class Training:
             "policy": self.policy.weights(),
             "optimizer": self.engine.state_dict(),
             **{f"set-{name}": self.policy.sets[name] for name in self._sets},
-            **{name: state for name, own in self._carried.items() if (state := own.state_dict())},
+            **{name: memory for name, own in self._carried.items() if (memory := own.state_dict())},
             **(extra or {}),
         }
         state = {

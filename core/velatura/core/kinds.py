@@ -1,0 +1,22 @@
+"""Every kind of stage that a recipe may have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from velatura.core.calibrate_settings import CalibrateStage
+from velatura.core.settings import (
+    CurateStage,
+    DistillStage,
+    EvaluateStage,
+    ExportStage,
+    RLStage,
+    SupervisedStage,
+)
+
+Stage = Annotated[
+    CurateStage | CalibrateStage | RLStage | DistillStage | SupervisedStage | EvaluateStage | ExportStage,
+    Field(discriminator="stage"),
+]
