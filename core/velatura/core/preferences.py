@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -136,11 +136,17 @@ def _lines(path: Path, text: str, known: frozenset[str]) -> Iterator[PairLine]:
             hint = suggest(place, PairLine.model_fields) if first["type"] == "extra_forbidden" else ""
             raise RecipeError(f"{at}: {place or 'the line'}: {first['msg']}.{hint}") from error
         if line.prompt not in known:
-            raise RecipeError(f"{at}: no prompt of this stage has the id {line.prompt!r}.{suggest(line.prompt, known)}")
+            raise RecipeError(f"{at}: no prompt of this stage has the id {line.prompt!r}.{_near(line.prompt, known)}")
         for picture in (line.a, line.b):
             if not (path.parent / picture).is_file():
                 raise RecipeError(f"{at}: there is no picture {picture!r} in {path.parent}")
         yield line
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    """The nearest id, or what ids look like: a stage may have thousands."""
+    hint = suggest(name, known)
+    return hint if "Did you mean" in hint else f" Ids there are like {min(known)!r}."
 
 
 def fit(pairs: Pairs, *, bootstrap: int, seed: int) -> Fit:

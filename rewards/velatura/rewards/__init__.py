@@ -38,6 +38,7 @@ def velatura_reward() -> Sequence[str]:
         "unified-reward = velatura.rewards.written:UnifiedReward",
         "vlm-judge = velatura.rewards.judge.reward:VlmJudge",
         "vlm-pairs = velatura.rewards.judge.pairs:VlmPairs",
+        "vlm-parts = velatura.rewards.judge.parts:VlmParts",
     ]
 
 

@@ -102,7 +102,8 @@ def _people(fit: Any) -> str:
     if fit["accuracy"] is None:
         return f"Budgets were not fitted to people ({counted}): {fit['refused']}."
     words = (
-        f"On prompts left out, the fit to {counted} agrees with people {fit['accuracy']:.1%} of the time, equal weights "
+        f"On prompts left out, the fit to {counted} agrees with people {fit['accuracy']:.1%} of the time, equal "
+        f"weights "
         f"{fit['equal']:.1%}, the best single reward {fit['single']:.1%}"
     )
     if fit["refused"]:

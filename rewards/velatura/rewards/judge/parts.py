@@ -1,0 +1,133 @@
+"""The reward `vlm-parts`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+
+from velatura.api import Context, Options, Prompt, RewardModel, Sample, Scores, Status
+from velatura.rewards.composition import geometric, soft_minimum
+from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.rewards.judge.reward import VlmJudge
+
+
+class PartOptions(Options):
+    """One rubric."""
+
+    rubric: str = Field(description="As in `vlm-judge`.")
+    weight: float = Field(1.0, gt=0, description="How much it counts among the parts.")
+
+
+class VlmPartsOptions(Options):
+    """Options of `vlm-parts`."""
+
+    parts: list[PartOptions] = Field(min_length=2, description="Rubrics with their weights.")
+    combine: Literal["geometric", "soft-minimum", "mean"] = Field(
+        "geometric", description="How the scores of the parts become one; the first two let no part make up for another."
+    )
+    beta: float = Field(4.0, gt=0, description="Of `soft-minimum`: larger is nearer to the minimum.")
+    floor: float = Field(0.01, gt=0, lt=1, description="Of `geometric`: lower scores count as this.")
+    judge: dict[str, Any] = Field(description="Options of `vlm-judge` without `rubric`, for all parts.")
+
+    @model_validator(mode="after")
+    def _is_a_judge(self) -> Self:
+        if "rubric" in self.judge:
+            raise ValueError("judge: rubric belongs to the parts")
+        for part in self.parts:
+            try:
+                self.of(part)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                place = ".".join(str(piece) for piece in first["loc"])
+                raise ValueError(f"judge{f'.{place}' if place else ''}: {first['msg']}") from error
+        return self
+
+    def of(self, part: PartOptions) -> VlmJudgeOptions:
+        """What the judge of a part is told."""
+        return VlmJudgeOptions.model_validate({**self.judge, "rubric": part.rubric})
+
+
+class VlmParts(RewardModel[VlmPartsOptions]):
+    """Several rubrics of one judge as one score in [0, 1]; a weak part is not made up for by a strong one.
+
+    x_k = (r_k - lowest) / (highest - lowest) of the score r_k by rubric k, w_k its weight over those that apply;
+    geometric: exp(sum_k w_k log max(x_k, floor)), soft-minimum: -(1 / beta) log sum_k w_k exp(-beta x_k),
+    mean: sum_k w_k x_k. A part that fails fails the picture; one that does not apply is left out.
+    """
+
+    name = "vlm-parts"
+
+    @cached_property
+    def _judges(self) -> list[VlmJudge]:
+        return [VlmJudge(self.options.of(part)) for part in self.options.parts]
+
+    def setup(self, context: Context) -> None:
+        """Set up the judge of each part; a model in this process is loaded once for all."""
+        for judge in self._judges:
+            judge.setup(context)
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Where one of the parts does."""
+        return any(judge.applies(prompt) for judge in self._judges)
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """[B] in [0, 1], with the score of each part as a note."""
+        columns = [self._part(judge, samples) for judge in self._judges]
+        status = torch.tensor([[int(s) for s in column.status] for column in columns]).T
+        values = torch.stack([column.values.double() for column in columns], 1)
+        valid = status == int(Status.OK)
+        weight = torch.tensor([part.weight for part in self.options.parts], dtype=torch.float64) * valid
+        share = weight / weight.sum(1, keepdim=True).clamp_min(1e-30)
+        combined = self._combined(values.where(valid, 1.0), share)
+        outcome = [self._outcome(row) for row in status.tolist()]
+        return Scores(
+            values=combined.where(valid.any(1), 0.0).float(),
+            status=tuple(outcome),
+            reasons=tuple(self._reason(columns, i, found) for i, found in enumerate(outcome)),
+            notes=tuple(self._note(columns, i) for i in range(len(samples))),
+        )
+
+    def _part(self, judge: VlmJudge, samples: Sequence[Sample]) -> Scores:
+        """Scores of one part on [0, 1]; pictures that its rubric is not for are not shown to it."""
+        shown = [i for i, sample in enumerate(samples) if judge.applies(sample.prompt)]
+        made = judge.score([samples[i] for i in shown]) if shown else Scores.of(torch.zeros(0))
+        lowest, highest = min(judge.rubric.levels), max(judge.rubric.levels)
+        values, status = torch.zeros(len(samples)), [Status.NOT_APPLICABLE] * len(samples)
+        reasons, notes = ["the rubric is for other prompts"] * len(samples), [""] * len(samples)
+        for j, i in enumerate(shown):
+            values[i], status[i] = (made.values[j] - lowest) / (highest - lowest), made.status[j]
+            reasons[i], notes[i] = made.reasons[j], made.notes[j]
+        return Scores(values=values, status=tuple(status), reasons=tuple(reasons), notes=tuple(notes))
+
+    def _combined(self, values: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """[B] of [B K] scores and shares."""
+        if self.options.combine == "geometric":
+            return geometric(values, share, self.options.floor)
+        if self.options.combine == "soft-minimum":
+            return soft_minimum(values, share, self.options.beta)
+        return (share * values).sum(1)
+
+    @staticmethod
+    def _outcome(row: Sequence[int]) -> Status:
+        """The worst of the parts; OK where those that apply are."""
+        for bad in (Status.FAILED, Status.REFUSED):
+            if int(bad) in row:
+                return bad
+        return Status.OK if int(Status.OK) in row else Status.NOT_APPLICABLE
+
+    def _reason(self, columns: Sequence[Scores], i: int, outcome: Status) -> str:
+        if outcome is Status.OK:
+            return ""
+        guilty = next(k for k, column in enumerate(columns) if column.status[i] is outcome)
+        return f"{self.options.parts[guilty].rubric}: {columns[guilty].reasons[i]}"
+
+    def _note(self, columns: Sequence[Scores], i: int) -> str:
+        return "\n---\n".join(
+            f"{part.rubric}: {column.notes[i]}"
+            for part, column in zip(self.options.parts, columns, strict=True)
+            if column.notes[i]
+        )

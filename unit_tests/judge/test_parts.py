@@ -1,0 +1,98 @@
+"""Several rubrics as one score, over a real socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chat_server as serving
+import pytest
+import torch
+from chat_server import Question, Raw, scored
+from pydantic import ValidationError
+
+from velatura.api import Context, Status
+from velatura.rewards.judge.parts import VlmParts, VlmPartsOptions
+from velatura.rewards.judge.rubric import shipped_rubric
+
+Make = Callable[..., Any]
+
+
+def is_about_looks(question: Question) -> bool:
+    return shipped_rubric("aesthetics").criteria[0] in question.parts[0]["text"]
+
+
+def says(alignment: str, aesthetics: str) -> Callable[[Question], Raw]:
+    """Whatever the picture, one level for each of two rubrics."""
+
+    def answer(question: Question) -> Raw:
+        return scored({aesthetics if is_about_looks(question) else alignment: 1.0})
+
+    return answer
+
+
+def options(server: Any = None, **given: Any) -> VlmPartsOptions:
+    judge = {"model": serving.MODEL, "server": server.address if server else "http://localhost:1/v1", "retries": 0}
+    parts = [{"rubric": "alignment", "weight": 3.0}, {"rubric": "aesthetics"}]
+    return VlmPartsOptions.model_validate({"parts": parts, "judge": judge} | given)
+
+
+@pytest.fixture
+def parts(context: Context) -> Make:
+    def make(server: Any, **given: Any) -> VlmParts:
+        made = VlmParts(options(server, **given))
+        made.setup(context)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [("geometric", 0.75**0.75 * 0.01**0.25), ("mean", 0.75 * 0.75), ("soft-minimum", 0.3118)],
+)
+def test_parts_become_one_score(combine: str, expected: float, serve: Make, parts: Make, pictures: Make) -> None:
+    """Levels 4 and 1 are 0.75 and 0; -(1 / 4) log(.75 exp(-3) + .25) = .3118."""
+    made = parts(serve(says("4", "1")), combine=combine).score(pictures([0.2, 0.8]))
+    assert made.status == (Status.OK, Status.OK)
+    torch.testing.assert_close(made.values, torch.full((2,), expected), atol=2e-3, rtol=0)
+    assert "alignment:" in made.notes[0] and "aesthetics:" in made.notes[0]
+
+
+def test_a_part_that_fails_fails_the_picture_and_says_which(serve: Make, parts: Make, pictures: Make) -> None:
+    server = serve(says("4", "4"))
+    reward = parts(server)
+    good = server.behaviour
+
+    def partly(question: Question) -> Raw:
+        made: Raw = good(question)
+        dark = question.pictures[-1].mean() < 128
+        return Raw(b"gone", status=400) if dark and is_about_looks(question) else made
+
+    server.behaviour = partly
+    made = reward.score(pictures([0.2, 0.8]))
+    assert made.status[0] is Status.FAILED and "status 400: gone" in made.reasons[0]
+    assert made.reasons[0].startswith("aesthetics:") and made.status[1] is Status.OK
+
+
+def test_a_rubric_that_is_not_for_the_prompt_is_left_out(serve: Make, parts: Make, pictures: Make) -> None:
+    own = [{"rubric": "alignment"}, {"rubric": "edit-quality"}]
+    reward = parts(serve(says("4", "4")), parts=own)
+    samples = pictures([0.2])
+    assert reward.applies(samples[0].prompt)
+    made = reward.score(samples)
+    assert made.status == (Status.OK,) and float(made.values[0]) == pytest.approx(0.75, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"parts": [{"rubric": "alignment"}]}, "at least 2 items"),
+        ({"judge": {"model": "m", "rubric": "alignment"}}, "rubric belongs to the parts"),
+        ({"judge": {"model": "m", "sever": "http://x"}}, "judge.sever: Extra inputs"),
+        ({"judge": {}}, "judge.model: Field required"),
+    ],
+)
+def test_options_that_make_no_judge(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        options(**given)
