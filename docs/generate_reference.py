@@ -19,7 +19,7 @@ from velatura.core.settings import Engine, Optimizer, Ref, RewardRef, Sampling, 
 PAGE = Path(__file__).with_name("recipes.md")
 SETTINGS: Mapping[str, type[Settings]] = {"engine": Engine, "sampling": Sampling, "optimizer": Optimizer}
 """Fields that hold settings of their own."""
-LISTS = ("rewards", "evaluators", "observers")
+LISTS = ("rewards", "guards", "evaluators", "observers")
 """Slots that hold several components."""
 
 HEAD = """\

@@ -52,7 +52,10 @@ def test_the_fit_is_the_minimum_of_its_loss() -> None:
     def loss(x: np.ndarray) -> float:
         logit = one.difference @ x[3:]
         return float(
-            np.logaddexp(0, logit).sum() - one.preferred @ logit + 0.5 * x[:3] @ x[:3] + 2 * ((x[3:] - x[:3]) ** 2).sum()
+            np.logaddexp(0, logit).sum()
+            - one.preferred @ logit
+            + 0.5 * x[:3] @ x[:3]
+            + 2 * ((x[3:] - x[:3]) ** 2).sum()
         )
 
     found = minimize(loss, np.full(6, 0.1), bounds=[(0, None)] * 6, method="L-BFGS-B")

@@ -278,7 +278,9 @@ def test_what_is_wrong_is_said_before_anything_runs(folder: Path, override: str,
 
 
 def test_a_reward_with_a_share_where_it_does_not_apply(start: Start) -> None:
-    with pytest.raises(RecipeError, match=r"'face' has 0\.5 of category 'single', but it applies to none of its prompts"):
+    with pytest.raises(
+        RecipeError, match=r"'face' has 0\.5 of category 'single', but it applies to none of its prompts"
+    ):
         start(
             "nowhere", f"{STAGE}.rewards=[{{use: tinyworld-portrait, name: face}}, "
             "{use: tinyworld-sharpness, name: sharp}]", f"{STAGE}.budgets={{default: {{face: 0.5, sharp: 0.5}}}}",

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from velatura.api import Context, Status
 from velatura.rewards.judge.parts import VlmParts, VlmPartsOptions
-from velatura.rewards.judge.rubric import shipped_rubric
+from velatura.rewards.judge.rubric import load_rubric, shipped_rubric
 
 Make = Callable[..., Any]
 
 
 def is_about_looks(question: Question) -> bool:
-    return shipped_rubric("aesthetics").criteria[0] in question.parts[0]["text"]
+    return load_rubric(shipped_rubric("aesthetics")).criteria[0] in question.parts[0]["text"]
 
 
 def says(alignment: str, aesthetics: str) -> Callable[[Question], Raw]:

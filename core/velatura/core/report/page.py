@@ -32,7 +32,7 @@ def build_report(run_folder: Path) -> Path:
     results = read_results(run.of_kind("evaluate"), notes)
     courses = [read_course(stage, notes) for stage in run.of_kind(*TRAINING)]
     curations = [found for stage in run.of_kind("curate") if (found := read_curation(stage, notes))]
-    calibrations = [found for stage in run.of_kind("calibrate") if (found := read_weights_page(stage, notes))]
+    calibrations = [own for stage in run.of_kind("calibrate") if (own := read_weights_page(stage, notes))]
     if not run.of_kind("evaluate"):
         notes.append("No evaluation has run yet, so there is nothing to compare.")
     page = _environment().get_template("template.html.j2").render(

@@ -27,7 +27,8 @@ class VlmPartsOptions(Options):
 
     parts: list[PartOptions] = Field(min_length=2, description="Rubrics with their weights.")
     combine: Literal["geometric", "soft-minimum", "mean"] = Field(
-        "geometric", description="How the scores of the parts become one; the first two let no part make up for another."
+        "geometric",
+        description="How the scores of the parts become one; the first two let no part make up for another.",
     )
     beta: float = Field(4.0, gt=0, description="Of `soft-minimum`: larger is nearer to the minimum.")
     floor: float = Field(0.01, gt=0, lt=1, description="Of `geometric`: lower scores count as this.")
