@@ -6,6 +6,7 @@ from velatura.core.components import (
     Distiller,
     Evaluator,
     GuidancePolicy,
+    JudgeModel,
     Kernel,
     ModelAdapter,
     NoOptions,
@@ -20,6 +21,7 @@ from velatura.core.components import (
 from velatura.core.errors import VelaturaError
 from velatura.core.events import CheckpointSaved, RolloutDone, RunEnd, RunStart, StepEnd
 from velatura.core.hookspecs import hookimpl
+from velatura.core.ratings import Rated
 from velatura.core.types import (
     Admission,
     Advantages,
@@ -53,6 +55,7 @@ __all__ = [
     "Distiller",
     "Evaluator",
     "GuidancePolicy",
+    "JudgeModel",
     "Kernel",
     "Loss",
     "ModelAdapter",
@@ -63,6 +66,7 @@ __all__ = [
     "PolicyObjective",
     "Prompt",
     "PromptFilter",
+    "Rated",
     "Requirements",
     "RewardModel",
     "RewardReport",

@@ -78,7 +78,9 @@ class Bench:
         """One reward on pictures of the task; None where it applies to none of the prompts. The first call, in which
         libraries warm up, is not timed."""
         place = self.plan.recipe.at(("stages", self.stage, "rewards", index))
-        model = set_up_reward(self.plan.registry, ref, ref.label, recipe_context(self.plan, self.device)).model
+        model = set_up_reward(
+            self.plan.registry, ref.opened(self.plan.folder), ref.label, recipe_context(self.plan, self.device)
+        ).model
         reward = WeightedReward(
             label=ref.label, at=place, model=model, weight=ref.weight, weight_by_category=ref.weight_by_category
         )

@@ -24,7 +24,7 @@ def options(component: type[Component[Any]], ref: Ref, at: str = "") -> Options:
     """The options of a component, checked, defaults filled in."""
     wrong = prefixed(at, f"options of {ref.use!r} are wrong:")
     try:
-        return component.options_class.model_validate(ref.with_)
+        return component.options_class.model_validate(ref.given)
     except VelaturaError as error:
         raise RecipeError(f"{wrong}\n  {error}") from error
     except ValidationError as error:

@@ -26,6 +26,8 @@ from velatura.core.types import Context, Role
 LOOK = 512
 """Prompts that are looked at for their categories."""
 CAPTION, NOT_TRIED = "row: one sample at one time through the transformer", "not tried"
+WITHOUT_ADAPTER = ("export", "judge-fit")
+"""Stages whose cost is not that of the picture model."""
 LARGE = 2e9
 """Bytes at the peak above which a stage's memory is shown part by part."""
 
@@ -48,7 +50,7 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
         if stage.stage == "distill":
             _check_adapters(recipe, registry, name, stage)
             warnings += _check_guidance_of_teachers(recipe, registry, name, stage)
-        if stage.stage in ("rl", "curate", "calibrate", "distill"):
+        if stage.stage in ("rl", "curate", "calibrate", "distill", "rate"):
             warnings += _check_folded_start(recipe, registry, name, stage)
         if stage.stage in ("rl", "curate"):
             warnings += _check_categories(recipe, name, stage, categories)
@@ -215,7 +217,7 @@ def check(plan: Any, console: Console, world_size: int = 1) -> None:
 
 def _memory(plan: Any, placement: Placement, name: str) -> MemoryPlan | None:
     stage: Any = plan.recipe.stage(name)
-    if stage.stage == "export":
+    if stage.stage in WITHOUT_ADAPTER:
         return None
     adapter = set_up(plan, "adapter", stage.adapter)
     return placement.plan(name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))
@@ -289,8 +291,8 @@ def _stage_table(plan: Any, memory: Mapping[str, MemoryPlan | None]) -> Table:
 def _stage_row(plan: Any, name: str, speed: Speed, memory: MemoryPlan | None) -> tuple[list[str], float]:
     stage: Any = plan.recipe.stage(name)
     needs = ", ".join(plan.recipe.dependencies(name))
-    if stage.stage == "export":
-        return [name, stage.stage, needs, "1", "", "", "", ""], 0.0
+    if stage.stage in WITHOUT_ADAPTER:
+        return [name, stage.stage, needs, str(getattr(stage, "steps", 1)), "", "", "", ""], 0.0
     adapter = set_up(plan, "adapter", stage.adapter)
     parts = work(plan.recipe, plan.registry, name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))
     steps = getattr(stage, "steps", 1)

@@ -68,7 +68,7 @@ def work(recipe: Recipe, registry: Registry, name: str, adapter: ModelAdapter[An
               "distill": lambda: len(prompts) * max(1, stage.prompts_per_step // len(prompts))}  # fmt: skip
     found = []
     for own in prompts.values():
-        if stage.stage == "curate":
+        if stage.stage in ("curate", "rate"):
             samples = _counted(own, stage.max_prompts) * stage.group_size
         elif stage.stage == "calibrate":
             kinds = len({category for prompt in islice(own, LOOK) for category in prompt.membership})
@@ -135,7 +135,7 @@ def _rows(registry: Registry, stage: Any, adapter: ModelAdapter[Any], prompt: Pr
     if stage.stage == "supervised":
         return Rows(gradient=samples * stage.points)
     guidance, times = _guidance(registry, stage), adapter.times(stage.sampling.steps, prompt)
-    if stage.stage in ("curate", "calibrate"):
+    if stage.stage in ("curate", "calibrate", "rate"):
         return Rows(forward=samples * _per_sample(guidance, Role.ROLLOUT, times[:-1]))
     timesteps: TimestepSampler[Any] = build(registry, "timesteps", stage.timesteps)  # type: ignore[assignment]
     trained = len(timesteps.plan(times, generator(0)).train)

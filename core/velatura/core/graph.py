@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from velatura.core.calibrate_settings import CalibrateStage
 from velatura.core.errors import suggest
 from velatura.core.kinds import Stage
-from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RLStage
+from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RewardRef, RLStage
+from velatura.core.settings_judge import JudgeFitStage
 from velatura.core.source import Location
 
 BASE = "base"
@@ -39,6 +40,9 @@ def references(name: str, stage: Stage) -> Iterator[Reference]:
             target = getattr(stage, field)
             base = not isinstance(stage, ExportStage)
             yield Reference(at=(*at, field), target=target, kinds=TRAINED, role="a model", base=base)
+    yield from _judges(at, stage)
+    if isinstance(stage, JudgeFitStage) and stage.rated is not None:
+        yield Reference(at=(*at, "rated"), target=stage.rated, kinds=("rate",), role="ratings")
     if isinstance(stage, EvaluateStage):
         for index, target in enumerate(stage.models):
             yield Reference(at=(*at, "models", index), target=target, kinds=TRAINED, role="a model", base=True)
@@ -55,6 +59,17 @@ def references(name: str, stage: Stage) -> Iterator[Reference]:
             yield Reference(at=(*at, "teachers", route), target=target, kinds=TEACHING, role="a teacher")
         for route, target in stage.prompts.items():
             yield Reference(at=(*at, "prompts", route), target=target, kinds=("curate",), role="a choice of prompts")
+
+
+def _judges(at: Location, stage: Stage) -> Iterator[Reference]:
+    """The judges that rewards ask."""
+    for slot in ("rewards", "raters", "truth"):
+        refs: list[RewardRef] = getattr(stage, slot, [])
+        for index, ref in enumerate(refs):
+            if ref.judge is not None:
+                yield Reference(
+                    at=(*at, slot, index, "judge"), target=ref.judge, kinds=("judge-fit",), role="a fine-tuned judge"
+                )
 
 
 def complaints(stages: Mapping[str, Stage]) -> Iterator[tuple[Location, str]]:

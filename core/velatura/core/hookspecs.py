@@ -70,6 +70,11 @@ def velatura_distiller() -> Sequence[type[c.Distiller[Any]] | str]:  # type: ign
 
 
 @hookspec
+def velatura_judge_model() -> Sequence[type[c.JudgeModel[Any]] | str]:  # type: ignore[empty-body]
+    """Judge models: judges that learn from ratings."""
+
+
+@hookspec
 def velatura_evaluator() -> Sequence[type[c.Evaluator[Any]] | str]:  # type: ignore[empty-body]
     """Evaluators: metrics that are never trained on."""
 

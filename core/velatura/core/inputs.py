@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from velatura.core.fingerprint import file_hash, reward_fingerprint, texts
 from velatura.core.recipe import content_hash
+from velatura.core.settings_judge import JudgeFitStage
 
 if TYPE_CHECKING:
     from velatura.core.pipeline import Plan
@@ -41,10 +42,13 @@ def file_inputs(plan: Plan, name: str) -> dict[str, str]:
     stage, config = plan.resolved["stages"][name], plan.recipe.stage(name)
     named = sorted({text for text in texts([stage, prompt_tasks(plan, name)]) if (plan.base / text).is_file()})
     found = {f"file {text}": file_hash(plan.base / text) for text in named}
-    if not hasattr(config, "adapter"):
-        return found
     from velatura.core.check import set_up
 
+    if isinstance(config, JudgeFitStage):
+        started = set_up(plan, "judge_model", config.judge_model).fingerprint()
+        return found | {"what the judge starts from": started}
+    if not hasattr(config, "adapter"):
+        return found
     adapter: Any = set_up(plan, "adapter", config.adapter)
     weights = Path(str(adapter.describe().get("weights", "")))
     if known := adapter.fingerprint():
@@ -55,10 +59,10 @@ def file_inputs(plan: Plan, name: str) -> dict[str, str]:
 
 
 def _reward_inputs(plan: Plan, config: Any) -> dict[str, str]:
-    """A fingerprint of each reward of a stage."""
+    """A fingerprint of each reward of a stage; of one whose judge is made by a stage that stage's result tells."""
     from velatura.core.served import recipe_context
 
-    rewards = getattr(config, "rewards", [])
+    rewards = [ref for ref in getattr(config, "rewards", []) if ref.judge is None]
     context = recipe_context(plan, None) if rewards else None
     return {f"reward {ref.label}": reward_fingerprint(plan.registry, ref, context) for ref in rewards if context}
 

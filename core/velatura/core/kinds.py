@@ -15,8 +15,17 @@ from velatura.core.settings import (
     RLStage,
     SupervisedStage,
 )
+from velatura.core.settings_judge import JudgeFitStage, RateStage
 
 Stage = Annotated[
-    CurateStage | CalibrateStage | RLStage | DistillStage | SupervisedStage | EvaluateStage | ExportStage,
+    CurateStage
+    | CalibrateStage
+    | RLStage
+    | DistillStage
+    | SupervisedStage
+    | RateStage
+    | JudgeFitStage
+    | EvaluateStage
+    | ExportStage,
     Field(discriminator="stage"),
 ]

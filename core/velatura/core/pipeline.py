@@ -31,7 +31,7 @@ from velatura.core.ranks import Ranks, join, threads_of_process
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
 
-RESULTS = ("weights.safetensors", "kept.json", "samples.parquet", "calibration.json")
+RESULTS = ("weights.safetensors", "kept.json", "ratings.jsonl", "samples.parquet", "calibration.json")
 """Files whose content is a stage's result, for the stages that build on it."""
 EXPORTED = "model/**/*.safetensors"
 WATCHING = ("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "max_failed")
@@ -324,7 +324,7 @@ def _execute(plan: Plan, ranks: Ranks, name: str, console: Console | None) -> di
     keep_freed_memory()
 
     config = plan.recipe.stage(name)
-    module = import_module(f"velatura.core.stages.{config.stage}")
+    module = import_module(f"velatura.core.stages.{config.stage.replace('-', '_')}")
     engine = plan.recipe.engine
     if threads := threads_of_process(engine.threads):
         torch.set_num_threads(threads)

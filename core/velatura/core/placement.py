@@ -112,7 +112,7 @@ class _Stage:
         stage = self.stage
         if stage.stage == "rl":
             return stage.prompts_per_step, stage.group_size
-        if stage.stage in ("curate", "calibrate"):
+        if stage.stage in ("curate", "calibrate", "rate"):
             return max(1, stage.sampling.batch // stage.group_size), stage.group_size
         if stage.stage == "distill":
             return max(1, stage.prompts_per_step // len(stage.teachers)), 1

@@ -33,6 +33,7 @@ from velatura.core.settings import (
     SupervisedStage,
     Whole,
 )
+from velatura.core.settings_judge import JudgeFitStage, RateStage
 from velatura.core.source import Location, Source, assign, parse_override, read
 
 __all__ = [
@@ -43,8 +44,10 @@ __all__ = [
     "Engine",
     "EvaluateStage",
     "ExportStage",
+    "JudgeFitStage",
     "Optimizer",
     "RLStage",
+    "RateStage",
     "Recipe",
     "Ref",
     "RewardRef",
@@ -65,6 +68,9 @@ SLOTS = {
     "timesteps": "timesteps",
     "rewards": "reward",
     "guards": "reward",
+    "raters": "reward",
+    "truth": "reward",
+    "judge_model": "judge_model",
     "advantage": "advantage",
     "objective": "objective",
     "distiller": "distiller",
@@ -184,7 +190,8 @@ class Recipe(Settings):
         stage = self.stage(name)
         if isinstance(stage, RLStage | CalibrateStage) and stage.prompts is not None:
             return self.task_of(stage.prompts)
-        return stage.task if isinstance(stage, CurateStage | CalibrateStage | RLStage | SupervisedStage) else None
+        known = CurateStage | CalibrateStage | RLStage | SupervisedStage | RateStage
+        return stage.task if isinstance(stage, known) else None
 
     def tasks_of(self, name: str) -> dict[str, Ref]:
         """Route -> task of the prompts that a stage uses.

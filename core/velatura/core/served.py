@@ -57,7 +57,7 @@ def rewards_of_recipe(plan: Plan, device: str | None, stage: str | None = None) 
     single = {label: ref for label, (ref, _) in found.items() if _scores_single_pictures(plan.registry, label, ref)}
     if not single:
         raise RecipeError("the recipe has no reward that scores single pictures, so there is nothing to serve.")
-    return [set_up_reward(plan.registry, ref, label, context) for label, ref in single.items()]
+    return [set_up_reward(plan.registry, ref.opened(plan.folder), label, context) for label, ref in single.items()]
 
 
 def reward_by_name(name: str, settings: Sequence[str], files: Sequence[str], device: str | None, label: str) -> Served:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
@@ -21,6 +22,10 @@ Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 """What is left of a running mean after a step; at 1 it would never move."""
 
 
+JUDGE = "judge"
+"""Folder of a judge-fit stage in which its judge is."""
+
+
 class Settings(BaseModel):
     """A frozen part of a recipe, in which an unknown key is an error."""
 
@@ -32,6 +37,11 @@ class Ref(Settings):
 
     use: str = Field(min_length=1, description="Name of the component; of a plugin 'acme' it is 'acme/name'.")
     with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Options of the component.")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options as they are checked before anything runs."""
+        return self.with_
 
     @model_validator(mode="before")
     @classmethod
@@ -81,6 +91,27 @@ class RewardRef(Ref):
     threads: Count | None = Field(None, description="CPU threads of its own; null takes as many as the run has.")
     breaker: Breaker = Breaker()
     golden: Golden | None = Field(None, description="Checks the reward on pictures whose scores are known.")
+    judge: str | None = Field(
+        None, description="A judge-fit stage: the reward asks the judge that it made, its option `path`."
+    )
+
+    @model_validator(mode="after")
+    def _asks_one_judge(self) -> RewardRef:
+        if self.judge is not None and "path" in self.with_:
+            raise ValueError(f"'judge' is stage {self.judge!r}, and 'path' names a judge, too. Leave one of them out")
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Options, and where in the run folder the judge of the stage is."""
+        return self.with_ if self.judge is None else {**self.with_, "path": f"{self.judge}/{JUDGE}"}
+
+    def opened(self, run_folder: Path) -> RewardRef:
+        """The same with the path of the judge in a run."""
+        if self.judge is None:
+            return self
+        path = str((run_folder / self.judge / JUDGE).absolute())
+        return self.model_copy(update={"judge": None, "with_": {**self.with_, "path": path}})
 
     @property
     def label(self) -> str:
@@ -150,7 +181,7 @@ class Sampling(Settings):
     batch: Count = Field(64, description="Most transformer rows in one forward of a rollout; a guided sample has two.")
 
 
-def _leaves_warmup(optimizer: Optimizer, updates: int) -> None:
+def leaves_warmup(optimizer: Optimizer, updates: int) -> None:
     """A learning rate that goes down does so after the warm-up, so something has to come after it."""
     if optimizer.schedule != "constant" and updates <= optimizer.warmup:
         raise ValueError(
@@ -247,7 +278,7 @@ class RLStage(Settings):
 
     @model_validator(mode="after")
     def _has_time_to_learn(self) -> RLStage:
-        _leaves_warmup(self.optimizer, self.steps * self.updates_per_step)
+        leaves_warmup(self.optimizer, self.steps * self.updates_per_step)
         return self
 
 
@@ -289,7 +320,7 @@ class DistillStage(Settings):
 
     @model_validator(mode="after")
     def _has_time_to_learn(self) -> DistillStage:
-        _leaves_warmup(self.optimizer, self.steps * self.updates_per_step)
+        leaves_warmup(self.optimizer, self.steps * self.updates_per_step)
         share = self.prompts_per_step // max(1, len(self.teachers))
         if self.updates_per_step > max(1, share):
             raise ValueError(
@@ -337,7 +368,7 @@ class SupervisedStage(Settings):
 
     @model_validator(mode="after")
     def _has_time_to_learn(self) -> SupervisedStage:
-        _leaves_warmup(self.optimizer, self.steps)
+        leaves_warmup(self.optimizer, self.steps)
         return self
 
 

@@ -34,6 +34,7 @@ def velatura_reward() -> Sequence[str]:
         "tinyworld-instruction = velatura.rewards.tinyworld:Instruction",
         "tinyworld-portrait = velatura.rewards.tinyworld:Portrait",
         "tinyworld-preservation = velatura.rewards.tinyworld:Preservation",
+        "tinyworld-rater = velatura.rewards.tinyworld_rater:Rater",
         "tinyworld-sharpness = velatura.rewards.tinyworld:Sharpness",
         "unified-reward = velatura.rewards.written:UnifiedReward",
         "vlm-judge = velatura.rewards.judge.reward:VlmJudge",
@@ -59,6 +60,12 @@ def velatura_advantage() -> Sequence[str]:
 def velatura_prompt_filter() -> Sequence[str]:
     """Which prompts are worth learning from."""
     return ["range = velatura.rewards.filters:Range"]
+
+
+@hookimpl
+def velatura_judge_model() -> Sequence[str]:
+    """Judges that learn from ratings."""
+    return ["vlm = velatura.rewards.judge.vlm:Vlm"]
 
 
 @hookimpl

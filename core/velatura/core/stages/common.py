@@ -103,6 +103,7 @@ class StageRun:
 
     def _reward(self, ref: RewardRef, place: str, weight: float, by_category: Mapping[str, float]) -> WeightedReward:
         """One reward, set up, with all that the recipe says of it."""
+        ref = ref.opened(self.run_folder)
         model: RewardModel[Any] = self.build("reward", ref, place)
         cache = None
         if model.cached if ref.cache is None else ref.cache:

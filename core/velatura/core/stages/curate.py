@@ -115,9 +115,7 @@ class Screening:
         size = max(1, self.stage.config.sampling.batch // self.stage.config.group_size)
         with self.stage.progress(len(prompts), unit="prompts") as bar:
             firsts = range(0, len(prompts), size)
-            own = {
-                i: self._block(judge, prompts[i : i + size], look, i, bar) for i in self.stage.ranks.own(firsts)
-            }
+            own = {i: self._block(judge, prompts[i : i + size], look, i, bar) for i in self.stage.ranks.own(firsts)}
             self.stage.ranks.barrier()  # what the others measured is on disk
             blocks = [own.get(i) or self._block(judge, prompts[i : i + size], look, i, bar) for i in firsts]
             return _whole(blocks, prompts)

@@ -29,14 +29,18 @@ class Training:
     """State of a looping stage: what is saved, restored, logged and finished."""
 
     def __init__(
-        self, run: StageRun, *, sets: tuple[str, ...], fixed: tuple[str, ...] = (), updates_per_step: int = 1
-    ) -> None:
+        self, run: StageRun, *, sets: tuple[str, ...], fixed: tuple[str, ...] = (), updates_per_step: int = 1,
+        policy: Policy | None = None,
+    ) -> None:  # fmt: skip
         """`sets`: weight sets that start as copies of the initial weights, follow them, and are part of a checkpoint;
-        `fixed`: that stay as they start, so that a resumed run has them from where it started."""
+        `fixed`: that stay as they start, so that a resumed run has them from where it started; `policy`: what is
+        trained, where that is not the picture model of the recipe."""
         self.run = run
         self.config = run.config
-        self.adapter: ModelAdapter[Any] = run.adapter()
-        self.policy: Policy = run.load_policy(self.adapter, self.config.init)
+        if policy is None:
+            self.adapter: ModelAdapter[Any] = run.adapter()
+            policy = run.load_policy(self.adapter, self.config.init)
+        self.policy: Policy = policy
         self._sets, self._fixed = sets, fixed
         self.initial = {name: value.to("cpu", copy=True) for name, value in self.policy.weights().items()}
         optimizer = OptimizerConfig(**self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step)

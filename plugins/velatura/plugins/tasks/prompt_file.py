@@ -8,14 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, overload
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from velatura.api import Context, Options, Prompt, Task, VelaturaError
 from velatura.core.errors import suggest
+from velatura.core.ratings import read_image
 
 
 class PromptFileOptions(Options):
@@ -168,15 +165,3 @@ def _line(at: str, raw: str) -> PromptLine:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise VelaturaError(f"{at}: {place}: {first['msg']} (got {first['input']!r})") from error
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file as RGB in [0, 1], `3 H W`."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float32)
-    except UnidentifiedImageError as error:
-        raise VelaturaError(f"{path} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError) as error:  # Pillow's words for a file that ends early, or is broken inside
-        raise VelaturaError(f"the image {path} cannot be read: {error}. Put a whole file in its place.") from error
-    return torch.from_numpy(pixels / 255.0).permute(2, 0, 1).contiguous()

@@ -69,7 +69,9 @@ class Detector(nn.Module):
         windows = self._proposed(shifted(images), smallest * enlarged)
         windows = self._refined(sums, windows)
         return [
-            Found(boxes=found[:, :4] / enlarged, points=found[:, 5:].reshape(-1, 5, 2) / enlarged, confidence=found[:, 4])
+            Found(
+                boxes=found[:, :4] / enlarged, points=found[:, 5:].reshape(-1, 5, 2) / enlarged, confidence=found[:, 4]
+            )
             for found in self._finished(sums, windows)
         ]
 
@@ -95,7 +97,9 @@ class Detector(nn.Module):
             face = conv2d(x, self._of("pnet_conv4_1_weight"), self._of("pnet_conv4_1_bias")).softmax(1)[:, 1]
             moves = conv2d(x, self._of("pnet_conv4_2_weight"), self._of("pnet_conv4_2_bias"))
             for kept, one, move in zip(sizes, face, moves, strict=True):
-                kept.append(proposals(one, move, [side / image for side, image in zip(size, images.shape[-2:], strict=True)]))
+                kept.append(
+                    proposals(one, move, [side / image for side, image in zip(size, images.shape[-2:], strict=True)])
+                )
             scale *= SHRINK
         empty = images.new_zeros(0, 9)
         joined = (torch.cat([empty, *(one[distinct(one, 0.5)] for one in kept)]) for kept in sizes)

@@ -42,7 +42,9 @@ class IdentityOptions(FaceOptions):
         "first", description="Whose faces are to be kept: of the first source picture, or of every one."
     )
     min_face: int = Field(48, ge=16, description="Pixels of height that a source face needs; half of it in the edit.")
-    min_confidence: float = Field(0.9, ge=0.7, le=1, description="Of the detector, for source faces and for extra ones.")
+    min_confidence: float = Field(
+        0.9, ge=0.7, le=1, description="Of the detector, for source faces and for extra ones."
+    )
     min_sharpness: float = Field(0.1, ge=0, le=1, description="Of source faces; below .1 nobody recognises them.")
     max_yaw: float = Field(60.0, gt=0, le=90, description="Degrees that a source face may be turned away.")
     field: str = Field(
@@ -213,7 +215,9 @@ def joined(parts: Sequence[Faces]) -> Faces:
     fields = ("points", "confidence", "yaw", "misfit", "sharpness", "embeddings")
     boxes = [faces.boxes / torch.tensor([faces.size[1], faces.size[0]] * 2) for faces in parts]
     return Faces(
-        boxes=torch.cat(boxes), **{name: torch.cat([getattr(one, name) for one in parts]) for name in fields}, size=(1, 1)
+        boxes=torch.cat(boxes),
+        **{name: torch.cat([getattr(one, name) for one in parts]) for name in fields},
+        size=(1, 1),
     )
 
 

@@ -32,7 +32,9 @@ STYLES = (
     r"|stained[- ]glass|origami|sculpture|statue|figurine|action figure|plush\w*|puppet|doll|claymation|voxel|low[- ]poly"
     r"|8[- ]bit|emoji|sticker|3d (?:render\w*|model)|illustration|pop[- ]art|cubis[tm]|impressionis[tm]|van gogh|picasso)"
 )
-VERBS = r"(?:make|turn|render|re-?draw|draw|paint|convert|transform|re-?style|change|re-?imagine|re-?create|depict|show)"
+VERBS = (
+    r"(?:make|turn|render|re-?draw|draw|paint|convert|transform|re-?style|change|re-?imagine|re-?create|depict|show)"
+)
 
 CHANGES: Mapping[str, re.Pattern[str]] = {
     "removes": re.compile(

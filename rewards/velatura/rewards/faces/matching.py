@@ -12,7 +12,9 @@ from velatura.rewards.faces.reading import Faces
 
 def distances(required: Faces, shown: Faces) -> Tensor:
     """[J K] Euclidean distances of the embeddings."""
-    return torch.cdist(required.embeddings.double(), shown.embeddings.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(
+        required.embeddings.double(), shown.embeddings.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
 
 
 def assigned(required: Faces, shown: Faces, prior: float) -> Tensor:

@@ -56,7 +56,9 @@ def open_reader(user: str, options: FaceOptions, context: Context) -> Reader:
     if options.backend == "own":
         return OwnReader(device, options.batch)
     if importlib.util.find_spec("insightface") is None:
-        raise VelaturaError(f"'{user}' with `backend: insightface` needs it. Install it: pip install \"velatura[insightface]\"")
+        raise VelaturaError(
+            f"'{user}' with `backend: insightface` needs it. Install it: pip install \"velatura[insightface]\""
+        )
     from velatura.rewards.faces.insight import InsightReader
 
     logger.warning(

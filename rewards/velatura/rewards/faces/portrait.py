@@ -86,7 +86,11 @@ class PortraitChecks(RewardModel[PortraitOptions]):
             id(sample): self._judge(sample, faces)
             for size, rows in by_side(judged).items()
             for sample, faces in zip(
-                rows, self._reader.read([s.image for s in rows], max(SMALLEST, size * self.options.share / 4), recognise=False), strict=True
+                rows,
+                self._reader.read(
+                    [s.image for s in rows], max(SMALLEST, size * self.options.share / 4), recognise=False
+                ),
+                strict=True,
             )
         }
         outside = Measured(status=Status.NOT_APPLICABLE, reason="The prompt asks for no portrait")

@@ -52,7 +52,7 @@ def opened(options: VlmJudgeOptions, rubric: Rubric, context: Context, first: Qu
     if options.server is None:
         from velatura.rewards.judge.local import LocalJudge
 
-        return LocalJudge(options, rubric, context)
+        return LocalJudge.opened(options, rubric, context)
     from velatura.rewards.judge.server import ServerJudge
 
     judge = ServerJudge(options, rubric)

@@ -37,6 +37,10 @@ class Model:
         """The processor's."""
         return self.processor.tokenizer
 
+    def inputs(self, texts: Sequence[str], pictures: Sequence[list[Image.Image]]) -> dict[str, Tensor]:
+        """A batch for the network."""
+        return inputs_of(self.processor, texts, pictures, next(self.net.parameters()))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
@@ -62,6 +66,17 @@ def shared_model(source: str, dtype: str, device: str) -> Model:
 
 
 def _loaded(source: str, dtype: str, device: str) -> Model:
+    net, processor = read_model(source, dtype)
+    logger.info("judge model {} on {}", source, device)
+    return Model(net=net.to(device).requires_grad_(False).train(False), processor=processor)
+
+
+def read_model(source: str, dtype: str) -> tuple[Any, Any]:
+    """Network and processor of a folder or hub name.
+
+    Raises:
+        VelaturaError: they do not open, or nobody can talk with the model.
+    """
     import transformers
 
     opener: Any = transformers.AutoModelForImageTextToText
@@ -75,8 +90,7 @@ def _loaded(source: str, dtype: str, device: str) -> Model:
         ) from error
     if getattr(processor, "chat_template", None) is None:
         raise VelaturaError(f"the judge's model {source!r} has no chat template, so it cannot be asked anything")
-    logger.info("judge model {} on {}", source, device)
-    return Model(net=net.to(device).requires_grad_(False).train(False), processor=processor)
+    return net, processor
 
 
 def _processor(source: str, model_type: str) -> Any:
@@ -95,13 +109,18 @@ def _processor(source: str, model_type: str) -> Any:
 class LocalJudge:
     """Asks a model in this process: reasoning first, then the probabilities of the levels after a forced prefix."""
 
-    def __init__(self, options: VlmJudgeOptions, rubric: Rubric, context: Context) -> None:
-        """Raises `VelaturaError` where the model does not open or a level is no single token of it."""
+    def __init__(self, options: VlmJudgeOptions, rubric: Rubric, model: Model) -> None:
+        """Raises `VelaturaError` where a level is no single token of the model."""
+        self.options, self.rubric, self.model = options, rubric, model
+        self.labels = labels_of(model.tokenizer, rubric)
+
+    @classmethod
+    def opened(cls, options: VlmJudgeOptions, rubric: Rubric, context: Context) -> LocalJudge:
+        """Raises `VelaturaError` where the model does not open, too."""
         folder = context.resolve(options.model)
         device = options.device or str(context.device)
-        self.options, self.rubric = options, rubric
-        self.model = shared_model(str(folder) if folder.is_dir() else options.model, options.dtype, device)
-        self.labels = labels_of(self.model.tokenizer, rubric)
+        source = str(folder) if folder.is_dir() else options.model
+        return cls(options, rubric, shared_model(source, options.dtype, device))
 
     def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
         """One verdict per question, in their order."""
@@ -109,7 +128,7 @@ class LocalJudge:
         asked: list[tuple[int, str, list[Image.Image]]] = []
         for i, question in enumerate(questions):
             try:
-                asked.append((i, *self._in_chat_format(question)))
+                asked.append((i, *in_chat_format(self.model.processor, question, self.options.max_pixels)))
             except ValueError as error:
                 found[i] = failed(str(error))
         size = self.options.batch_size
@@ -120,19 +139,11 @@ class LocalJudge:
                 found[i] = verdict
         return [verdict for verdict in found if verdict is not None]
 
-    def _in_chat_format(self, question: Question) -> tuple[str, list[Image.Image]]:
-        """The question as the model reads it, and the pictures in it."""
-        pictures = [to_picture(part, self.options.max_pixels) for part in question if isinstance(part, Tensor)]
-        content = [{"type": "text", "text": _plain(p)} if isinstance(p, str) else {"type": "image"} for p in question]
-        chat = [{"role": "user", "content": content}]
-        text = self.model.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return str(text), pictures
-
     def _judged(self, texts: Sequence[str], pictures: Sequence[list[Image.Image]]) -> list[Verdict]:
         with self.model.lock, torch.inference_mode():
             reasoning = self._reasoning(texts, pictures) if self.options.reasoning_tokens else [""] * len(texts)
             whole = [f"{text}{said}{FORCED}" for text, said in zip(texts, reasoning, strict=True)]
-            logits = self.model.net(**self._inputs(whole, pictures), logits_to_keep=1).logits[:, -1]
+            logits = self.model.net(**self.model.inputs(whole, pictures), logits_to_keep=1).logits[:, -1]
         logprobs = logits.float().log_softmax(-1).cpu()
         return [self._verdict(row, said) for row, said in zip(logprobs, reasoning, strict=True)]
 
@@ -153,20 +164,36 @@ class LocalJudge:
             max_new_tokens=self.options.reasoning_tokens, do_sample=False, eos_token_id=ends,
             pad_token_id=self.model.tokenizer.pad_token_id,
         )  # fmt: skip
-        inputs = self._inputs(texts, pictures)
+        inputs = self.model.inputs(texts, pictures)
         made = self.model.net.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
         said = self.model.processor.batch_decode(made, skip_special_tokens=True)
         return [_before_score(text) for text in said]
 
-    def _inputs(self, texts: Sequence[str], pictures: Sequence[list[Image.Image]]) -> dict[str, Tensor]:
-        """A batch, padded on the left so that every row ends where the model goes on."""
-        processor, net = self.model.processor, self.model.net
-        processor.tokenizer.padding_side = "left"
-        batch = processor(text=list(texts), images=[list(p) for p in pictures], padding=True, return_tensors="pt")
-        return {
-            name: value.to(net.device, net.dtype) if value.is_floating_point() else value.to(net.device)
-            for name, value in batch.items()
-        }
+
+def in_chat_format(processor: Any, question: Question, max_pixels: int | None) -> tuple[str, list[Image.Image]]:
+    """The question as the model reads it, and the pictures in it.
+
+    Raises:
+        ValueError: a picture is none.
+    """
+    pictures = [to_picture(part, max_pixels) for part in question if isinstance(part, Tensor)]
+    content = [{"type": "text", "text": _plain(p)} if isinstance(p, str) else {"type": "image"} for p in question]
+    chat = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return str(text), pictures
+
+
+def inputs_of(
+    processor: Any, texts: Sequence[str], pictures: Sequence[list[Image.Image]], like: Tensor
+) -> dict[str, Tensor]:
+    """A batch, padded on the left so that every row ends where the model goes on; in the precision of `like`, where it
+    is."""
+    processor.tokenizer.padding_side = "left"
+    batch = processor(text=list(texts), images=[list(p) for p in pictures], padding=True, return_tensors="pt")
+    return {
+        name: value.to(like.device, like.dtype) if value.is_floating_point() else value.to(like.device)
+        for name, value in batch.items()
+    }
 
 
 def labels_of(tokenizer: Any, rubric: Rubric) -> Labels:

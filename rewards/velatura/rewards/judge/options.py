@@ -22,12 +22,20 @@ class VlmJudgeOptions(Options):
     """What the judge reads, which model it is, and where that runs: in this process, or behind `server`."""
 
     rubric: str = Field(
+        "",
         description="`alignment`, `aesthetics`, `portrait`, `edit-instruction`, `edit-quality`, or the path of one of "
-        "your own, seen from the recipe."
+        "your own, seen from the recipe. A judge that is given by `path` has its own.",
     )
     model: str = Field(
+        "",
+        description="Without `server` a model folder or a name on the hub; with it the name the server knows. A judge "
+        "that is given by `path` is the model.",
+    )
+    path: str | None = Field(
+        None,
         min_length=1,
-        description="Without `server` a model folder or a name on the hub; with it the name the server knows.",
+        description="A judge that a judge-fit stage made, in place of `rubric` and `model`: its folder, seen from the "
+        "recipe.",
     )
     server: str | None = Field(
         None, description="Address of an OpenAI-compatible server, like `http://localhost:8000/v1`."
@@ -65,7 +73,7 @@ class VlmJudgeOptions(Options):
     @field_validator("rubric")
     @classmethod
     def _is_known(cls, rubric: str) -> str:
-        if not is_file_name(rubric):
+        if rubric and not is_file_name(rubric):
             shipped_rubric(rubric)
         return rubric
 
@@ -75,6 +83,19 @@ class VlmJudgeOptions(Options):
         if server is None:
             return None
         return checked_address(server, "http://localhost:8000/v1").removesuffix("/chat/completions")
+
+    @model_validator(mode="after")
+    def _is_one_judge(self) -> Self:
+        given = [name for name in ("rubric", "model", "server") if getattr(self, name)]
+        if self.path is not None and given:
+            raise ValueError(
+                f"`path` is a judge with its own rubric and model, and {', '.join(given)} is given, too. To serve it, "
+                f"name its rubric.yaml as `rubric`, and leave `path` out"
+            )
+        missing = [name for name in ("rubric", "model") if not getattr(self, name)]
+        if self.path is None and missing:
+            raise ValueError(f"{' and '.join(missing)} missing: give both, or the `path` of a fine-tuned judge")
+        return self
 
     @model_validator(mode="after")
     def _suits_its_place(self) -> Self:

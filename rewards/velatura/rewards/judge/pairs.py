@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 from loguru import logger
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status
 from velatura.rewards.judge.backend import Backend, grey_sample, judge_fingerprint, opened, rubric_of
@@ -29,6 +29,15 @@ class VlmPairsOptions(VlmJudgeOptions):
         description="With how many others of its group each picture is compared, in both orders; a group that is not "
         "larger is compared completely.",
     )
+
+    @field_validator("path")
+    @classmethod
+    def _compares(cls, path: str | None) -> str | None:
+        if path is not None:
+            raise ValueError(
+                "a judge from a judge-fit stage has learnt to mark pictures, not to compare: use vlm-judge"
+            )
+        return path
 
 
 class VlmPairs(RewardModel[VlmPairsOptions]):

@@ -9,6 +9,7 @@ from loguru import logger
 
 from velatura.api import Context, Prompt, RewardModel, Sample, Scores
 from velatura.rewards.judge.backend import Backend, grey_sample, judge_fingerprint, opened, rubric_of
+from velatura.rewards.judge.fitted import settled
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.rubric import Rubric
 from velatura.rewards.judge.scoring import as_scores
@@ -35,6 +36,7 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
 
     def setup(self, context: Context) -> None:
         """Read the rubric; load the model, or ask the server a first question."""
+        self.options = settled(self.options, context)
         self.rubric = rubric_of(self.options, context)
         first = self.rubric.question(grey_sample(self.rubric), self.options.reasoning_tokens)
         self._backend = opened(self.options, self.rubric, context, first)
