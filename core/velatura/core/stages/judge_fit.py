@@ -1,4 +1,4 @@
-"""Fine-tuning a judge on rated pictures: split by prompt, learn, keep the best step, measure once on what is held out."""
+"""Fine-tuning a judge on rated pictures: split by prompt, learn, keep the best step, measure it on what is held out."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _rated(stage: StageRun, sample: Sample, report: RewardReport, row: int) -> l
         round(float(value), 6) if ok else None
         for value, ok in zip(report.scores[row].tolist(), report.valid[row].tolist(), strict=True)
     ]
-    found = []
+    found: list[Mapping[str, Any]] = []
     for dimension in dict.fromkeys(ref.dimension for ref in config.raters):
         own = [value for ref, value in zip(refs, said, strict=True) if ref.dimension == dimension]
         voices = sum(ref.dimension == dimension for ref in config.raters)

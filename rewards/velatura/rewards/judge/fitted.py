@@ -1,4 +1,4 @@
-"""A fine-tuned judge is a folder: weights, processor, its rubric, and `judge.json`, which says what belongs together."""
+"""A fine-tuned judge is a folder: weights, processor, its rubric, and `judge.json`, which says what goes together."""
 
 from __future__ import annotations
 
