@@ -16,7 +16,8 @@ PIECE = 5
 """Letters of a piece of text."""
 BANDS, ROWS = 24, 4
 """Of the MinHash signature: two texts of Jaccard index .8 share a band with probability 1 - (1 - .8^4)^24 > .999997."""
-_PRIME = (1 << 61) - 1
+_PRIME = (1 << 31) - 1
+"""Products of two numbers below it fit into 64 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ def near_duplicates(texts: Sequence[str], near: float) -> list[tuple[int, int]]:
     """
     pieces = [_pieces(text) for text in texts]
     draw = np.random.default_rng(20250505)
-    factors, shifts = (draw.integers(1, 1 << 30, BANDS * ROWS, dtype=np.uint64) for _ in range(2))
+    factors, shifts = (draw.integers(1, _PRIME, BANDS * ROWS, dtype=np.uint64) for _ in range(2))
     buckets: dict[tuple[int, bytes], list[int]] = {}
     for number, own in enumerate(pieces):
         hashes = np.array([_hash(piece) for piece in sorted(own)], dtype=np.uint64)
@@ -96,8 +97,8 @@ def _pieces(text: str) -> frozenset[str]:
 
 
 def _hash(piece: str) -> int:
-    """31 bits, so that the products above stay below 2^61."""
-    return int.from_bytes(hashlib.blake2b(piece.encode(), digest_size=4).digest(), "big") >> 1
+    """Below the prime."""
+    return int.from_bytes(hashlib.blake2b(piece.encode(), digest_size=8).digest(), "big") % _PRIME
 
 
 def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
