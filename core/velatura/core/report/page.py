@@ -12,11 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from velatura.core.pictures import write_bytes_atomic
 from velatura.core.report.calibration import read_weights_page
 from velatura.core.report.data import Run, Stage, read_run
+from velatura.core.report.judging import read_fitted, read_proxies
 from velatura.core.report.process import duration, failures, read_course, read_curation, recipe_text
 from velatura.core.report.results import Result, read_results
 
 REPORT = "report.html"
-TRAINING = ("supervised", "rl", "distill")
+TRAINING = ("supervised", "judge-fit", "rl", "distill")
 
 
 def build_report(run_folder: Path) -> Path:
@@ -33,6 +34,7 @@ def build_report(run_folder: Path) -> Path:
     courses = [read_course(stage, notes) for stage in run.of_kind(*TRAINING)]
     curations = [found for stage in run.of_kind("curate") if (found := read_curation(stage, notes))]
     calibrations = [own for stage in run.of_kind("calibrate") if (own := read_weights_page(stage, notes))]
+    judges = read_fitted(run.of_kind("judge-fit"), notes)
     if not run.of_kind("evaluate"):
         notes.append("No evaluation has run yet, so there is nothing to compare.")
     page = _environment().get_template("template.html.j2").render(
@@ -46,6 +48,8 @@ def build_report(run_folder: Path) -> Path:
         courses=courses,
         curations=curations,
         calibrations=calibrations,
+        judges=judges,
+        proxies=read_proxies(run.of_kind("evaluate"), notes) if judges else [],
         failures=failures(run, _missing(results)),
         resolved=recipe_text(run),
         plugins=run.resolved.get("plugins") or [],

@@ -108,6 +108,7 @@ def _charts(series: Mapping[str, list[Point]]) -> tuple[list[Chart], list[Chart]
     wanted = [
         ("Reward, composite", matching(r"reward/(composite)")),
         ("Rewards, each by itself", matching(r"reward/(.+)/mean")),
+        ("Agreement with the ratings, calibration split", matching(r"calibration/(.+)")),
         ("Gold metrics, never trained on", matching(r"gold/(.+?)(?:/mean)?")),
         ("Distance to the teachers on fixed held-out states", matching(r"probe/(.+)")),
         ("Loss", matching(r"(loss)")),
@@ -121,7 +122,7 @@ def _charts(series: Mapping[str, list[Point]]) -> tuple[list[Chart], list[Chart]
         for name, points in series.items()
         if name not in shown
         and not re.fullmatch(
-            r"reward/.+/(mean|failed|golden|(asked|failure_rate)/.+)|gold/.+|probe/.+|.*\bkl\b.*", name
+            r"reward/.+/(mean|failed|golden|(asked|failure_rate)/.+)|gold/.+|probe/.+|calibration/.+|.*\bkl\b.*", name
         )
         and not name.startswith(BOOKKEEPING)
     }
