@@ -2,6 +2,7 @@
 
 from velatura.core.components import (
     AdvantageEstimator,
+    ComparesPairs,
     Component,
     Distiller,
     Evaluator,
@@ -41,6 +42,7 @@ from velatura.core.types import (
     Status,
     StepPlan,
     Transition,
+    Usage,
 )
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "Advantages",
     "Calibration",
     "CheckpointSaved",
+    "ComparesPairs",
     "Component",
     "Conditioning",
     "Context",
@@ -84,6 +87,7 @@ __all__ = [
     "Task",
     "TimestepSampler",
     "Transition",
+    "Usage",
     "VelaturaError",
     "hookimpl",
 ]

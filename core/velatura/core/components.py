@@ -8,7 +8,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    runtime_checkable,
+)
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,6 +46,7 @@ if TYPE_CHECKING:
         Scores,
         StepPlan,
         Transition,
+        Usage,
     )
 
 
@@ -106,6 +118,40 @@ class RewardModel(Component[O]):
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> Scores:
         """One score per sample, higher is better. What cannot be judged gets a `Status`, never a made-up number."""
+
+    operational: ClassVar[frozenset[str]] = frozenset()
+    """Options that say where and how fast it runs, not what it says: a reward card holds whatever they are."""
+
+    def needs_card(self) -> bool:
+        """Whether it is an opinion, prompted or learned, and no measurement: a policy is trained on one that a reward
+        card has compared with people, or under `allow_unvalidated_reward`."""
+        return False
+
+    def dimension(self) -> str:
+        """What it judges: `alignment`, `aesthetics`, `quality`, `portrait`, `edit-instruction`, `edit-quality`,
+        `preservation`, or a word of its own. The perturbations of a reward card take their expectations from it."""
+        return "quality"
+
+    def expectations(self) -> Mapping[str, str]:
+        """Perturbation -> `falls`, `no-gain` or `any`, where that differs from what its dimension says."""
+        return {}
+
+    def identity(self) -> Mapping[str, str]:
+        """What its scores depend on beside its options and the files they name: the content of a rubric. By name, so
+        that a change can be told; known before `setup`."""
+        return {}
+
+    def usage(self) -> Usage | None:
+        """Tokens since `setup`; None for a reward that has none, or cannot count them."""
+        return None
+
+
+@runtime_checkable
+class ComparesPairs(Protocol):
+    """A judge of pairs that can be asked in one order, so that a reward card can see how much the place weighs."""
+
+    def prefer(self, pairs: Sequence[tuple[Sample, Sample]]) -> Scores:
+        """[N] how much better the picture shown first is, in [0, 1]; 1/2 is a tie."""
 
 
 class PromptFilter(Component[O]):

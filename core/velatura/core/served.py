@@ -66,16 +66,21 @@ def reward_by_name(name: str, settings: Sequence[str], files: Sequence[str], dev
     Raises:
         VelaturaError: there is none of this name, or an option is wrong.
     """
+    registry, ref = reference(name, settings, files)
+    if not _scores_single_pictures(registry, name, ref):
+        raise VelaturaError(f"'{name}' compares the pictures of a prompt with each other and cannot be served.")
+    return set_up_reward(registry, ref, label or name, context_of(device or "auto", Path.cwd(), 0))
+
+
+def reference(name: str, settings: Sequence[str], files: Sequence[str]) -> tuple[Registry, Ref]:
+    """A component of the command line, with options as `path=value`, and where it is looked up."""
     registry = Registry.discover()
     for file in files:
         registry.add_file(file)
     source = Source(name="command line", data={})
     for setting in settings:
         assign(source, *parse_override(setting))
-    ref = Ref.model_validate({"use": name, "with": source.data})
-    if not _scores_single_pictures(registry, name, ref):
-        raise VelaturaError(f"'{name}' compares the pictures of a prompt with each other and cannot be served.")
-    return set_up_reward(registry, ref, label or name, _context(device or "auto", Path.cwd(), 0))
+    return registry, Ref.model_validate({"use": name, "with": source.data})
 
 
 def is_reward(name: str, files: Sequence[str]) -> bool:
@@ -98,10 +103,10 @@ def unknown(name: str) -> VelaturaError:
 
 def recipe_context(plan: Plan, device: str | None) -> Context:
     """What a reward of a recipe may know of the machine; None takes the device of the recipe."""
-    return _context(device or plan.recipe.engine.device, plan.base, plan.recipe.seed, plan.recipe.engine.precision)
+    return context_of(device or plan.recipe.engine.device, plan.base, plan.recipe.seed, plan.recipe.engine.precision)
 
 
-def _context(device: str, base: Path, seed: int, precision: Literal["fp32", "bf16"] = "fp32") -> Context:
+def context_of(device: str, base: Path, seed: int, precision: Literal["fp32", "bf16"] = "fp32") -> Context:
     """`auto` takes the GPU when there is one."""
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cache = Path.home() / ".cache" / "velatura"

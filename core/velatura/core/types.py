@@ -125,6 +125,22 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens that a judge has read and written."""
+
+    prompt: int = 0
+    """Read, those of pictures among them."""
+    completion: int = 0
+    """Written."""
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(prompt=self.prompt + other.prompt, completion=self.completion + other.completion)
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(prompt=self.prompt - other.prompt, completion=self.completion - other.completion)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """Which solver steps carry gradient and which carry noise; decided before the rollout."""
 

@@ -38,6 +38,7 @@ class PickScore(RewardModel[PickScoreOptions]):
     """
 
     name = "pickscore"
+    operational = frozenset({"device", "batch"})
     _encoder: DualEncoder | None = None
 
     def setup(self, context: Context) -> None:
@@ -49,6 +50,14 @@ class PickScore(RewardModel[PickScoreOptions]):
         options, published = self.options, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         places = [options.processor] if options.processor is not None else [options.path, published]
         self._encoder = DualEncoder(self.name, options.path, places, options, context)
+
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
+
+    def dimension(self) -> str:
+        """Taste, more than what was asked for."""
+        return "aesthetics"
 
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""
@@ -84,6 +93,7 @@ class ClipScore(RewardModel[ClipScoreOptions]):
     """
 
     name = "clip-score"
+    operational = frozenset({"device", "batch"})
     _encoder: DualEncoder | None = None
 
     def setup(self, context: Context) -> None:
@@ -93,6 +103,14 @@ class ClipScore(RewardModel[ClipScoreOptions]):
             VelaturaError: it is not there, or neither a CLIP nor a SigLIP.
         """
         self._encoder = open_clip(self.name, self.options, context)
+
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
+
+    def dimension(self) -> str:
+        """What is there."""
+        return "alignment"
 
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""

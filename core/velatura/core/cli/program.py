@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from velatura.core import __version__
-from velatura.core.cli import check, evaluate, export, plugins, report, rewards, run, sample, schema, serve_reward
+from velatura.core.cli import (
+    check,
+    evaluate,
+    export,
+    plugins,
+    report,
+    reward_card,
+    rewards,
+    run,
+    sample,
+    schema,
+    serve_reward,
+)
 from velatura.core.errors import VelaturaError, suggest
 from velatura.core.ranks import FailedElsewhere, rank
 
@@ -22,6 +34,7 @@ VERBS = {
     "export": export,
     "sample": sample,
     "rewards": rewards,
+    "reward-card": reward_card,
     "serve-reward": serve_reward,
     "plugins": plugins,
     "schema": schema,
@@ -32,7 +45,8 @@ OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says. 0: done; 2: the user can mend it, one message says how; 130: Ctrl-C."""
+    """Do what the command line says. 0: done; 1: done, and what was measured does not pass; 2: the user can mend it,
+    one message says how; 130: Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Before torch is loaded. Threads that spin long while they wait take the cores from those they wait for as soon as
     # the machine does anything else: two threads beside one busy process were thirty times slower than one.

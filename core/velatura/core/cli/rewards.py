@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from velatura.core.cli import reward_card
 from velatura.core.cli.arguments import Verbs, add_recipe, new_console, new_parser
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 def add(name: str, verbs: Verbs) -> None:
     """Add this verb to the command line."""
     example = "velatura rewards bench recipes/tinyworld.yaml --calls 20"
-    parser = new_parser(verbs, name, _bench, "measure the rewards of a recipe", example)
-    actions = parser.add_subparsers(metavar="bench", required=True)
+    parser = new_parser(
+        verbs, name, _bench, "measure rewards: how fast they are, how far they agree with people", example
+    )
+    actions = parser.add_subparsers(metavar="bench|card", required=True)
     summary = "time the rewards of a recipe on pictures of its task, and say what they cost a training step"
     bench = new_parser(actions, "bench", _bench, summary, example)
     add_recipe(bench)
@@ -28,6 +31,7 @@ def add(name: str, verbs: Verbs) -> None:
     bench.add_argument("--stage", metavar="NAME", help="only the rewards of this stage")
     bench.add_argument("--device", help="where models live: auto, cpu, cuda or cuda:N; the recipe's by default")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    reward_card.add("card", actions)
 
 
 def _count(given: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from loguru import logger
 
-from velatura.api import Context, Prompt, RewardModel, Sample
+from velatura.api import Context, Prompt, RewardModel, Sample, Usage
 from velatura.core.fingerprint import options_fingerprint
 from velatura.rewards.judge.options import PATIENCE, VlmJudgeOptions
 from velatura.rewards.judge.rubric import Question, Rubric, is_file_name, load_rubric, shipped_rubric
@@ -17,6 +17,10 @@ from velatura.rewards.judge.scoring import Verdict
 
 class Backend(Protocol):
     """Answers questions."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens read and written so far; None where a server does not say."""
 
     def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
         """One verdict per question, in their order."""
@@ -40,6 +44,16 @@ def judge_fingerprint(judge: RewardModel[Any], context: Context) -> str:
     options = options_fingerprint(judge, context, PATIENCE)
     kind = getattr(getattr(judge, "_backend", None), "has_logprobs", "")
     return f"{options}-{rubric_of(judge.options, context).digest}-{kind}"
+
+
+def dimension_of(options: VlmJudgeOptions) -> str:
+    """The name of a shipped rubric; what a rubric of the user's own judges is not known."""
+    return "custom" if is_file_name(options.rubric) else options.rubric
+
+
+def identity_of(options: VlmJudgeOptions) -> dict[str, str]:
+    """The content of a shipped rubric; that of a file is told by the file."""
+    return {} if is_file_name(options.rubric) else {"rubric content": rubric_of(options).digest}
 
 
 def opened(options: VlmJudgeOptions, rubric: Rubric, context: Context, first: Question) -> Backend:

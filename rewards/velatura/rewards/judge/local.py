@@ -14,7 +14,7 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor
 
-from velatura.api import Context, VelaturaError
+from velatura.api import Context, Usage, VelaturaError
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pictures import to_picture
 from velatura.rewards.judge.rubric import Question, Rubric
@@ -113,6 +113,7 @@ class LocalJudge:
         """Raises `VelaturaError` where a level is no single token of the model."""
         self.options, self.rubric, self.model = options, rubric, model
         self.labels = labels_of(model.tokenizer, rubric)
+        self.usage = Usage()
 
     @classmethod
     def opened(cls, options: VlmJudgeOptions, rubric: Rubric, context: Context) -> LocalJudge:
@@ -143,9 +144,15 @@ class LocalJudge:
         with self.model.lock, torch.inference_mode():
             reasoning = self._reasoning(texts, pictures) if self.options.reasoning_tokens else [""] * len(texts)
             whole = [f"{text}{said}{FORCED}" for text, said in zip(texts, reasoning, strict=True)]
-            logits = self.model.net(**self.model.inputs(whole, pictures), logits_to_keep=1).logits[:, -1]
+            logits = self.model.net(**self._inputs(whole, pictures), logits_to_keep=1).logits[:, -1]
         logprobs = logits.float().log_softmax(-1).cpu()
         return [self._verdict(row, said) for row, said in zip(logprobs, reasoning, strict=True)]
+
+    def _inputs(self, texts: Sequence[str], pictures: Sequence[list[Image.Image]]) -> dict[str, Tensor]:
+        """A batch as the model reads it, its tokens counted."""
+        inputs = self.model.inputs(texts, pictures)
+        self.usage += Usage(prompt=int(inputs["attention_mask"].sum()))
+        return inputs
 
     def _verdict(self, logprobs: Tensor, reasoning: str) -> Verdict:
         """From log-probabilities [V] at the place of the level."""
@@ -164,8 +171,9 @@ class LocalJudge:
             max_new_tokens=self.options.reasoning_tokens, do_sample=False, eos_token_id=ends,
             pad_token_id=self.model.tokenizer.pad_token_id,
         )  # fmt: skip
-        inputs = self.model.inputs(texts, pictures)
+        inputs = self._inputs(texts, pictures)
         made = self.model.net.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+        self.usage += Usage(completion=int((made != config.pad_token_id).sum()))
         said = self.model.processor.batch_decode(made, skip_special_tokens=True)
         return [_before_score(text) for text in said]
 

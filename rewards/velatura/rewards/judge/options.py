@@ -15,6 +15,11 @@ SERVER_ONLY = (
 )
 PATIENCE = ("api_key_env", "concurrency", "timeout", "retries", "backoff", "deadline", "batch_size")
 """What no score depends on."""
+OPERATIONAL = frozenset({
+    "server", "api_key_env", "concurrency", "timeout", "retries", "backoff", "deadline", "served_as", "batch_size",
+    "device",
+})  # fmt: skip
+"""Options that say where and how fast a judge runs, not what it says."""
 LOCAL_ONLY = ("batch_size", "dtype", "device")
 
 

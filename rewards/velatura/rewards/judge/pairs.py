@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
 from loguru import logger
 from pydantic import Field, field_validator
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status
-from velatura.rewards.judge.backend import Backend, grey_sample, judge_fingerprint, opened, rubric_of
-from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status, Usage
+from velatura.rewards.judge.backend import (
+    Backend,
+    dimension_of,
+    grey_sample,
+    identity_of,
+    judge_fingerprint,
+    opened,
+    rubric_of,
+)
+from velatura.rewards.judge.options import OPERATIONAL, VlmJudgeOptions
 from velatura.rewards.judge.rubric import PAIR_LEVELS, Rubric
 from velatura.rewards.judge.scoring import Verdict, as_scores
 
@@ -54,6 +63,7 @@ class VlmPairs(RewardModel[VlmPairsOptions]):
     name = "vlm-pairs"
     scope: ClassVar[Literal["sample", "group"]] = "group"
     cached = True
+    operational = OPERATIONAL
     _backend: Backend
 
     def setup(self, context: Context) -> None:
@@ -75,6 +85,30 @@ class VlmPairs(RewardModel[VlmPairsOptions]):
     def applies(self, prompt: Prompt) -> bool:
         """Edits for rubrics of edits, other prompts for the others."""
         return self.rubric.applies(prompt)
+
+    def needs_card(self) -> bool:
+        """An opinion."""
+        return True
+
+    def dimension(self) -> str:
+        """What the rubric judges."""
+        return dimension_of(self.options)
+
+    def identity(self) -> Mapping[str, str]:
+        """A shipped rubric's content; that of a file is known by its name among the options."""
+        return identity_of(self.options)
+
+    def usage(self) -> Usage | None:
+        """Tokens of all requests so far, or of all forwards."""
+        return self._backend.usage
+
+    def prefer(self, pairs: Sequence[tuple[Sample, Sample]]) -> Scores:
+        """[N] 1 - q of each pair in the one order given: how much the picture shown first is better, in [0, 1]."""
+        tokens = self.options.reasoning_tokens
+        verdicts = self._backend.verdicts([self.rubric.comparison(a, b, tokens) for a, b in pairs])
+        return as_scores([
+            replace(v, value=1 - second_wins(v)) if v.status is Status.OK else v for v in verdicts
+        ])  # fmt: skip
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[G] in [0, 1] for the samples of one prompt."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from velatura.api import Status, VelaturaError
+from velatura.api import Status, Usage, VelaturaError
 from velatura.rewards.judge.rubric import Rubric
 from velatura.rewards.judge.scoring import (
     NOT_APPLICABLE,
@@ -51,6 +51,8 @@ class Reply:
     """None where the server gives no probabilities."""
     refusal: str = ""
     """Why the server or its filter refused."""
+    usage: Usage | None = None
+    """Tokens that it took; None where the server does not say."""
 
     @property
     def states_no_score(self) -> bool:
@@ -76,7 +78,9 @@ def parsed(body: bytes) -> Reply:
         text = message.get("content") or ""
         if not isinstance(text, str) or not isinstance(model, str):
             raise Malformed("the server's reply holds something else than text")
-        return Reply(text=text, model=model, tokens=_tokens(choices[0]), refusal=_refusal(choices[0]))
+        return Reply(
+            text=text, model=model, tokens=_tokens(choices[0]), refusal=_refusal(choices[0]), usage=_usage(content)
+        )  # fmt: skip
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Malformed(f"the server's answer is no chat completion ({type(error).__name__}: {error})") from error
 
@@ -163,6 +167,15 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[Token, ...] | None:
         )
         for entry in entries
     )
+
+
+def _usage(content: Mapping[str, Any]) -> Usage | None:
+    """Tokens by the server's own count."""
+    said = content.get("usage")
+    counts = [said.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(said, Mapping) else []
+    if len(counts) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts):
+        return None
+    return Usage(prompt=counts[0], completion=counts[1])
 
 
 def _refusal(choice: Mapping[str, Any]) -> str:

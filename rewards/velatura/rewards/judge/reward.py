@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from loguru import logger
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Scores
-from velatura.rewards.judge.backend import Backend, grey_sample, judge_fingerprint, opened, rubric_of
+from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Usage
+from velatura.rewards.judge.backend import (
+    Backend,
+    dimension_of,
+    grey_sample,
+    identity_of,
+    judge_fingerprint,
+    opened,
+    rubric_of,
+)
 from velatura.rewards.judge.fitted import settled
-from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.rewards.judge.options import OPERATIONAL, VlmJudgeOptions
 from velatura.rewards.judge.rubric import Rubric
 from velatura.rewards.judge.scoring import as_scores
 
@@ -31,6 +39,7 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
 
     name = "vlm-judge"
     cached = True
+    operational = OPERATIONAL
     _backend: Backend
     _warned = False
 
@@ -53,6 +62,22 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
     def applies(self, prompt: Prompt) -> bool:
         """Edits for rubrics of edits, other prompts for the others."""
         return self.rubric.applies(prompt)
+
+    def needs_card(self) -> bool:
+        """An opinion."""
+        return True
+
+    def dimension(self) -> str:
+        """What the rubric judges."""
+        return dimension_of(self.options)
+
+    def identity(self) -> Mapping[str, str]:
+        """A shipped rubric's content; that of a file is known by its name among the options."""
+        return identity_of(self.options)
+
+    def usage(self) -> Usage | None:
+        """Tokens of all requests so far, or of all forwards."""
+        return self._backend.usage
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[B] in [lowest, highest level], with what the judge wrote as notes."""

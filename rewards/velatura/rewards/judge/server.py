@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 from torch import Tensor
 
-from velatura.api import VelaturaError
+from velatura.api import Usage, VelaturaError
 from velatura.core.errors import suggest
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pictures import data_url, to_picture
@@ -41,6 +41,8 @@ class ServerJudge:
     rubric: Rubric
     has_logprobs: bool | None = None
     """Whether the server gives probabilities; None until its first reply."""
+    usage: Usage | None = None
+    """Tokens of all replies so far, repeated ones among them; None while the server has not said."""
 
     def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
         """One verdict per question, in their order."""
@@ -191,6 +193,8 @@ class ServerJudge:
             reply = parsed(answer.content)
         except Malformed as error:
             raise Unanswered(str(error), passing=True) from error
+        if reply.usage is not None:
+            self.usage = (self.usage or Usage()) + reply.usage
         return self._from_the_right_model(reply)
 
     def _refused(self, batch: Exchange, answer: httpx2.Response) -> Unanswered:
