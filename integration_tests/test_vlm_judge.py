@@ -37,7 +37,8 @@ def recipe(folder: Path, address: str) -> Path:
             {"use": "vlm-judge", "name": rubric, "weight": weight, "with": {"rubric": rubric, **where}}
             for rubric, weight in rubrics
         ]
-        small = {"steps": STEPS, "prompts_per_step": PROMPTS, "group_size": GROUP, "updates_per_step": 1}
+        small = {"steps": STEPS, "prompts_per_step": PROMPTS, "group_size": GROUP, "updates_per_step": 1,
+                 "allow_unvalidated_reward": True}  # fmt: skip
         stage = shipped["stages"][f"teacher_{task}"] | small | {"rewards": rewards}
         del stage["prompts"]
         stages[f"teacher_{task}"] = stage | {"task": {"use": "tinyworld", "with": {"task": task, "count": 8}}}

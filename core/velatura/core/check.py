@@ -13,6 +13,7 @@ from rich.table import Table
 
 from velatura.core.build import build
 from velatura.core.calibrate_checks import check_weights
+from velatura.core.cards.required import check_cards
 from velatura.core.components import Component, PolicyObjective
 from velatura.core.errors import RecipeError, suggest
 from velatura.core.estimate import Speed, work
@@ -45,6 +46,7 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
         _check_optimizer(recipe, name, stage)
         if stage.stage == "rl":
             _check_rl(recipe, registry, name, stage)
+            warnings += check_cards(recipe, registry, name)
         if stage.stage == "supervised":
             _check_supervised(recipe, registry, name, stage)
         if stage.stage == "distill":

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from velatura.core.report import build_report, summary_table
+from velatura.core.report.wording import unvalidated
 
 
 def close(folder: Path, console: Console) -> None:
@@ -17,6 +18,8 @@ def close(folder: Path, console: Console) -> None:
     console.print()
     for path in sorted(folder.glob("*/summary.json")):
         console.print(summary_table(json.loads(path.read_text())))
+    for sentence in unvalidated(json.loads((folder / "resolved.json").read_text())):
+        console.print(f"warning  {sentence}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"report   [bold]{report}[/]")
     model = None
     for path in sorted(folder.glob("*/manifest.json")):

@@ -160,6 +160,7 @@ def _require_current(plan: Plan, only: str) -> None:
 
 def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, remember: bool) -> None:
     """Make the run folder this recipe's own, or say whose it is."""
+    from velatura.core.cards.required import as_data
     from velatura.core.check import used_components
 
     folder, marker = plan.folder, plan.folder / "run.json"
@@ -192,6 +193,7 @@ def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, remember:
         "recipe": plan.resolved,
         "plugins": [vars_of(info) for info in used_components(plan.recipe, plan.registry)],
         "environment": environment(plan.base),
+        "cards": as_data(plan.recipe, plan.registry),
     })  # fmt: skip
 
 

@@ -161,6 +161,11 @@ class Recipe(Settings):
                 yield ("plugins", index), message
 
     @property
+    def file(self) -> str:
+        """The file that it was read from, for messages."""
+        return self._source.name if self._source else "RECIPE"
+
+    @property
     def folder(self) -> Path:
         """Where relative paths in options start: the folder of the recipe."""
         return Path(self._source.name).parent if self._source else Path()

@@ -85,6 +85,12 @@ class RewardRef(Ref):
         default_factory=dict, description="Weight for prompts of a category, in place of `weight`."
     )
     name: str | None = Field(None, min_length=1, description="What reports call it; the component's name by default.")
+    card: str | None = Field(
+        None,
+        min_length=1,
+        exclude=True,  # nothing that a stage makes depends on it
+        description="Its reward card: the folder or the file, seen from the recipe. See `velatura reward-card`.",
+    )
     cache: bool | None = Field(
         None, description="Whether scores are kept in the run folder and used again; null: judges' are, others' not."
     )
@@ -264,6 +270,11 @@ class RLStage(Settings):
     pictures_every: Count = Field(10, description="Steps between the pictures that show how the model changes.")
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
     max_failed: Share = Field(0.05, description="Stop when a larger share of scores failed.")
+    allow_unvalidated_reward: Annotated[bool, Field(strict=True)] = Field(
+        False,
+        exclude=True,  # nothing that a stage makes depends on it
+        description="Train on judges and learned rewards that have no reward card which passes; every report says so.",
+    )
 
     @field_validator("group_size")
     @classmethod

@@ -60,6 +60,10 @@ class Brisque(RewardModel[NoOptions]):
         """
         self._model = Regression.read(folder_of_parameters())
 
+    def needs_card(self) -> bool:
+        """Fitted to opinions about other pictures than generators make."""
+        return True
+
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[B]; flat and tiny pictures fail, because they have no statistics."""
         if self._model is None:

@@ -47,6 +47,9 @@ class HttpOptions(Options):
     max_pixels: int | None = Field(
         None, ge=1024, description="Larger pictures are scaled down to this many pixels before they are sent."
     )
+    needs_card: bool = Field(
+        False, description="Whether a judge or a learned reward answers there: then training on it needs a reward card."
+    )
 
     @field_validator("server")
     @classmethod
@@ -64,6 +67,9 @@ class Http(RewardModel[HttpOptions]):
 
     name = "http"
     cached = True
+    operational = frozenset({
+        "server", "batch_size", "concurrency", "timeout", "retries", "backoff", "deadline", "token_env", "needs_card",
+    })  # fmt: skip
     _version: str | None = None
     """Of the reward that answers; None where the server does not say."""
 
@@ -75,6 +81,10 @@ class Http(RewardModel[HttpOptions]):
         """
         self._version = self.options.version
         finished(self._check())
+
+    def needs_card(self) -> bool:
+        """What the recipe says of it: from here nobody can see what answers."""
+        return self.options.needs_card
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[B], whatever range the server has."""

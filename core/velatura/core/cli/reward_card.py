@@ -60,8 +60,9 @@ def _whole(given: str) -> int:
 def _card(arguments: argparse.Namespace) -> int:
     criteria = _criteria(arguments.criterion)
 
-    from velatura.core.cards.card import CARD, make_card, write_card
+    from velatura.core.cards.card import make_card
     from velatura.core.cards.clusters import Draws
+    from velatura.core.cards.file import CARD, PAGE, write_card
     from velatura.core.cards.measures import Options
     from velatura.core.cards.page import page
     from velatura.core.cards.perturb import expected
@@ -85,7 +86,7 @@ def _card(arguments: argparse.Namespace) -> int:
     for part in tables(card):
         console.print(part)
     console.print(f"card     {folder / CARD}", markup=False, soft_wrap=True)
-    console.print(f"page     {folder / 'card.html'}", markup=False, soft_wrap=True)
+    console.print(f"page     {folder / PAGE}", markup=False, soft_wrap=True)
     return PASSES if card["passed"] else FAILS
 
 

@@ -15,6 +15,7 @@ from velatura.core.report.data import Run, Stage, read_run
 from velatura.core.report.judging import read_fitted, read_proxies
 from velatura.core.report.process import duration, failures, read_course, read_curation, recipe_text
 from velatura.core.report.results import Result, read_results
+from velatura.core.report.wording import unvalidated
 
 REPORT = "report.html"
 TRAINING = ("supervised", "judge-fit", "rl", "distill")
@@ -55,6 +56,8 @@ def build_report(run_folder: Path) -> Path:
         plugins=run.resolved.get("plugins") or [],
         environment=run.resolved.get("environment") or {},
         exports=_exports(run.stages),
+        cards=run.resolved.get("cards") or [],
+        unvalidated=unvalidated(run.resolved),
     )  # fmt: skip
     path = run.folder / REPORT
     write_bytes_atomic(path, page.encode())

@@ -149,3 +149,13 @@ def _rest(route: str, model: str, cells: Mapping[str, Mapping[str, Any]]) -> Sen
 def _listed(names: Sequence[str]) -> str:
     """a; a and b; a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def unvalidated(resolved: Mapping[str, Any]) -> list[str]:
+    """Rewards that a policy was trained on although no card says that people share their opinion, one sentence each."""
+    return [
+        f"{found['stage']} was trained on '{found['reward']}' ({found['use']}) without a passing reward card: "
+        f"{found['why']}."
+        for found in resolved.get("cards") or ()
+        if not found.get("passes")
+    ]
