@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "judge"))
+
+import chat_server as serving
+
 from velatura.core.cli import main
 
 Make = Callable[..., Any]
@@ -133,6 +137,34 @@ def test_a_reward_counts_only_for_the_prompts_it_is_asked_about(bench: Make) -> 
     assert rows["portrait"]["failed"] == rows["portrait"]["not_applicable"] == 0
     assert rows["edits"] == {"stage": "teacher", "reward": "edits", "calls": 0}
     assert "teacher, edits: applies to none of the prompts" in said
+
+
+def test_tokens_of_a_judge_are_those_that_its_server_counts_and_have_a_price(bench: Make) -> None:
+    counted = serving.Raw(json.dumps(
+        json.loads(serving.scored(serving.probabilities(0.5)).body)
+        | {"usage": {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}}
+    ).encode())  # fmt: skip
+    with serving.ChatServer(lambda question: counted) as server:
+        options = {"rubric": "alignment", "model": serving.MODEL, "server": server.address}
+        judge = {"use": "vlm-judge", "name": "judge", "with": options}
+        prices = ("--batch", "3", "--prompt-price", "2", "--completion-price", "10")
+        numbers, said = bench(judge, function("slow", batch=True), arguments=prices)
+        asked = len(server.questions)
+    row, plain = numbers["rewards"]
+    assert asked == 1 + 3 * 5  # a first question, one call to warm up, four that count
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (1000, 50)
+    assert row["cost_per_step"] == pytest.approx(24 * (1000 * 2 + 50 * 10) / 1e6)
+    assert "1,000 + 50" in said
+    assert (plain["prompt_tokens"], plain["cost_per_step"]) == (None, None)
+    assert "'-1' is no price" in bench(function("slow"), arguments=("--prompt-price=-1",), status=2)
+
+
+def test_a_judge_whose_server_counts_nothing_has_no_tokens_and_no_cost(bench: Make) -> None:
+    with serving.ChatServer() as server:
+        options = {"rubric": "alignment", "model": serving.MODEL, "server": server.address}
+        numbers, _ = bench({"use": "vlm-judge", "with": options}, arguments=("--batch", "2", "--prompt-price", "2"))
+    (row,) = numbers["rewards"]
+    assert (row["prompt_tokens"], row["completion_tokens"], row["cost_per_step"]) == (None, None, None)
 
 
 def test_what_cannot_be_measured_is_said(bench: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from velatura.core.pipeline import Plan
 from velatura.core.recipe import RewardRef
 from velatura.core.seeds import generator
 from velatura.core.served import recipe_context, set_up_reward
-from velatura.core.types import Prompt, RewardReport, Role, Sample, Status
+from velatura.core.types import Prompt, RewardReport, Role, Sample, Status, Usage
 
 LOOK = 512
 """Prompts that are looked at for those that a reward applies to."""
@@ -54,6 +54,24 @@ class Measured:
     """That it scores in a training step: those whose prompts it applies to."""
     seconds_per_step: float
     """Of scoring, for a training step."""
+    prompt_tokens: float | None = None
+    """Read for a picture, repeated requests among them; None for a reward that counts none."""
+    completion_tokens: float | None = None
+    """Written for a picture."""
+    cost_per_step: float | None = None
+    """Of the tokens of a training step, in the unit of the prices; None without a price or without tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """Of a million tokens."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+    def of(self, prompt: float, completion: float) -> float:
+        """What so many tokens cost."""
+        return (self.prompt * prompt + self.completion * completion) / 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +84,7 @@ class Bench:
     calls: int
     batch: int | None = None
     """Pictures in a call; None takes as many as a run hands over at a time."""
+    prices: Prices | None = None
     _prompts: list[Prompt] = field(default_factory=list)
 
     @property
@@ -89,10 +108,11 @@ class Bench:
         if not asked:
             return None
         size = self.batch or self._chunk()
-        seconds, reports = [], []
+        seconds, reports, before = [], [], None
         with Judge([reward], max_failed=1.0, retries=0) as judge:
             for call in range(-1, self.calls):
                 samples = self._samples(asked, call + 1, size, ref.label)
+                before = model.usage() if call <= 0 else before
                 begin = time.perf_counter()
                 judge.submit(samples)
                 report = judge.report([sample.prompt for sample in samples])
@@ -101,7 +121,8 @@ class Bench:
                     reports.append(report)
                 tick()
         shown = round(self.pictures_per_step * len(asked) / len(prompts))
-        return _measured(self.stage, ref.label, size, seconds, reports, shown)
+        row = _measured(self.stage, ref.label, size, seconds, reports, shown)
+        return _with_tokens(row, before, model.usage(), self.prices)
 
     def prompts(self) -> list[Prompt]:
         """The first training prompts of the stage's task.
@@ -178,6 +199,16 @@ def _measured(
     )  # fmt: skip
 
 
+def _with_tokens(row: Measured, before: Usage | None, after: Usage | None, prices: Prices | None) -> Measured:
+    """The same, with the tokens of its calls, where the reward counts them."""
+    if after is None:
+        return row
+    used, pictures = after - (before or Usage()), row.calls * row.batch
+    prompt, completion = used.prompt / pictures, used.completion / pictures
+    cost = None if prices is None else row.pictures_per_step * prices.of(prompt, completion)
+    return replace(row, prompt_tokens=prompt, completion_tokens=completion, cost_per_step=cost)
+
+
 def stages_of(plan: Plan, stage: str | None) -> list[str]:
     """The stages whose rewards are measured: those of kind rl, or the one asked for.
 
@@ -198,19 +229,20 @@ def table(rows: Sequence[Measured], silent: Sequence[tuple[str, str]]) -> Table:
     """What was measured, and the rewards that apply to none of the prompts."""
     made = Table(
         title="Rewards", title_justify="left",
-        caption="call: one batch; s/step: seconds of scoring for a training step",
+        caption="call: one batch; tokens: read + written for a picture; s/step: seconds of scoring for a training step",
     )  # fmt: skip
     for column in ("stage", "reward", "calls", "batch", "calls/s", "pictures/s", "p50 s", "p95 s", "failed", "n/a",
-                   "pictures/step", "s/step"):  # fmt: skip
+                   "tokens", "pictures/step", "s/step", "cost/step"):  # fmt: skip
         made.add_column(column, justify="left" if column in ("stage", "reward") else "right")
     for row in rows:
         made.add_row(
             row.stage, row.reward, str(row.calls), str(row.batch), _number(row.calls_per_second),
             _number(row.pictures_per_second), _number(row.p50), _number(row.p95), f"{row.failed:.1%}",
-            f"{row.not_applicable:.1%}", str(row.pictures_per_step), _number(row.seconds_per_step),
+            f"{row.not_applicable:.1%}", _tokens(row), str(row.pictures_per_step), _number(row.seconds_per_step),
+            "" if row.cost_per_step is None else _number(row.cost_per_step),
         )  # fmt: skip
     for stage, label in silent:
-        made.add_row(stage, label, "0", *[""] * 7, "0", "0")
+        made.add_row(stage, label, "0", *[""] * 8, "0", "0", "")
     return made
 
 
@@ -232,6 +264,12 @@ def as_data(rows: Sequence[Measured], silent: Sequence[tuple[str, str]]) -> Mapp
         for stage, (beside, after) in together(rows).items()
     }
     return {"rewards": [asdict(row) for row in rows] + nothing, "stages": stages}
+
+
+def _tokens(row: Measured) -> str:
+    if row.prompt_tokens is None or row.completion_tokens is None:
+        return ""
+    return f"{row.prompt_tokens:,.0f} + {row.completion_tokens:,.0f}"
 
 
 def _number(value: float) -> str:

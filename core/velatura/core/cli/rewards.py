@@ -20,7 +20,7 @@ def add(name: str, verbs: Verbs) -> None:
     """Add this verb to the command line."""
     example = "velatura rewards bench recipes/tinyworld.yaml --calls 20"
     parser = new_parser(
-        verbs, name, _bench, "measure rewards: how fast they are, how far they agree with people", example
+        verbs, name, _bench, "measure rewards: their speed, or their agreement with people", example
     )
     actions = parser.add_subparsers(metavar="bench|card", required=True)
     summary = "time the rewards of a recipe on pictures of its task, and say what they cost a training step"
@@ -31,6 +31,9 @@ def add(name: str, verbs: Verbs) -> None:
     bench.add_argument("--stage", metavar="NAME", help="only the rewards of this stage")
     bench.add_argument("--device", help="where models live: auto, cpu, cuda or cuda:N; the recipe's by default")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file, too")
+    prices = {"prompt": "read", "completion": "written"}
+    for kind, what in prices.items():
+        bench.add_argument(f"--{kind}-price", type=_price, metavar="X", help=f"price of a million tokens {what}")
     reward_card.add("card", actions)
 
 
@@ -40,12 +43,22 @@ def _count(given: str) -> int:
     return int(given)
 
 
+def _price(given: str) -> float:
+    try:
+        price = float(given)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < float("inf"):
+        raise argparse.ArgumentTypeError(f"{given!r} is no price")
+    return price
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from velatura.core.recipe import load_recipe
 
     load_recipe(arguments.recipe, arguments.overrides)  # its mistakes are told before torch is imported
 
-    from velatura.core.bench import Bench, as_data, stages_of, table, together
+    from velatura.core.bench import Bench, Prices, as_data, stages_of, table, together
     from velatura.core.checkpoint import write_text_atomic
     from velatura.core.cli.console import say_through
     from velatura.core.pipeline import plan_run
@@ -53,8 +66,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     console = new_console()
     say_through(console)
     plan = plan_run(arguments.recipe, arguments.overrides)
+    given = (arguments.prompt_price, arguments.completion_price)
+    prices = None if given == (None, None) else Prices(prompt=given[0] or 0.0, completion=given[1] or 0.0)
     benches = [
-        Bench(plan=plan, stage=stage, device=arguments.device, calls=arguments.calls, batch=arguments.batch)
+        Bench(
+            plan=plan, stage=stage, device=arguments.device, calls=arguments.calls, batch=arguments.batch, prices=prices
+        )  # fmt: skip
         for stage in stages_of(plan, arguments.stage)
     ]
     rows, silent = _measured(benches, console)
