@@ -68,7 +68,7 @@ def lead(cls: type[Any]) -> str:
 def reference_text() -> str:
     """What may stand in a slot."""
     return (
-        "What stands in a slot. A reward has three fields more than other components.\n\n"
+        "What stands in a slot. A reward has some fields more than other components.\n\n"
         + table(Ref)
         + "\n"
         + table(RewardRef, leave_out=tuple(Ref.model_fields))

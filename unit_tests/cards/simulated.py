@@ -44,7 +44,8 @@ class Contrast(RewardModel[ContrastOptions]):
         if self._draw is None:
             self._draw = torch.Generator().manual_seed(self.options.seed)
         seen = torch.stack([(s.image[:, :, 1:4].mean() - s.image[:, :, -4:-1].mean()) / 0.1 for s in samples])
-        return Scores.of(self.options.sign * seen + self.options.noise * torch.randn(len(samples), generator=self._draw))
+        error = torch.randn(len(samples), generator=self._draw)
+        return Scores.of(self.options.sign * seen + self.options.noise * error)
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from scipy import stats
 from velatura.core.cards.clusters import Draws, Estimate, Floats, Rows, ratio, resampled
 
 Level = Literal["nominal", "ordinal", "interval"]
-"""What the distance of two answers is: none but that they differ, how many answers lie between them, or their square."""
+"""What the distance of two answers is: none but that they differ, how many lie between them, or their square."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +104,8 @@ def retest(scores: ArrayLike) -> Retest:
 def rater_accuracy(choices: ArrayLike, clusters: Sequence[str], draws: Draws) -> Estimate:
     """How often one rater agrees with the majority of the others: what a reward can hope for.
 
-    `choices` [raters, pairs] is 1 where the first picture was chosen, -1 for the second, 0 for a tie, NaN for nothing. A
-    rater's tie counts one half; pairs on which the others are split are left out, as with a reward.
+    `choices` [raters, pairs] is 1 where the first picture was chosen, -1 for the second, 0 for a tie, NaN for nothing.
+    A rater's tie counts one half; pairs on which the others are split are left out, as with a reward.
     """
     table = np.asarray(choices, dtype=np.float64)
     others = np.sign(np.nansum(table, axis=0, keepdims=True) - np.nan_to_num(table))

@@ -46,8 +46,8 @@ def run_battery(
     """Every perturbation that applies, on these pictures. `own` says what is expected beside the reward's dimension.
 
     A reward that must not gain has a hole where the interval of the change lies above `tolerance`; one that must fall,
-    where its score does not fall on average. Changes are in standard deviations of its scores over these pictures, or in
-    its own units where they do not differ.
+    where its score does not fall on average. Changes are in standard deviations of its scores over these pictures, or
+    in its own units where they do not differ.
     """
     signs = expected(scoring.model.dimension(), {**scoring.model.expectations(), **own})
     before = np.concatenate(scoring.scores([(row,) for row in rows])) if not scoring.by_group else np.zeros(len(rows))

@@ -113,11 +113,11 @@ def _summed(above: ArrayLike, below: ArrayLike, clusters: Sequence[str]) -> tupl
     top, bottom = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     if not len(top) == len(bottom) == len(clusters):
         raise ValueError(f"one cluster per value is needed: {len(top)} and {len(bottom)} values, {len(clusters)}")
-    keep = np.flatnonzero(np.isfinite(top) & np.isfinite(bottom))
+    keep: Rows = np.flatnonzero(np.isfinite(top) & np.isfinite(bottom))
     number: dict[str, int] = {}
-    owner = np.array([number.setdefault(clusters[i], len(number)) for i in keep], dtype=np.intp)
-    tops = np.bincount(owner, weights=top[keep], minlength=len(number))
-    bottoms = np.bincount(owner, weights=bottom[keep], minlength=len(number))
+    owner = np.array([number.setdefault(clusters[i], len(number)) for i in keep.tolist()], dtype=np.intp)
+    tops: Floats = np.bincount(owner, weights=top[keep], minlength=len(number)).astype(np.float64)
+    bottoms: Floats = np.bincount(owner, weights=bottom[keep], minlength=len(number)).astype(np.float64)
     filled = bottoms > 0
     return tops[filled], bottoms[filled], keep, int(filled.sum())
 

@@ -102,8 +102,8 @@ def calibration(pairs: Pairs, temperature: float, draws: Draws) -> dict[str, Any
     """Brier score, expected calibration error and reliability diagram of sigmoid(delta / T), T from other pairs.
 
     The diagram is folded: confidence max(p, 1 - p) in [1/2, 1] against the share of raters who agree, so that it does
-    not depend on which picture comes first. ECE = sum over bins of n_b / N |confidence - agreement|; with few pairs it is
-    above 0 for the best of judges.
+    not depend on which picture comes first. ECE = sum over bins of n_b / N |confidence - agreement|; with few pairs it
+    is above 0 for the best of judges.
     """
     known = pairs.scored
     if not math.isfinite(temperature) or not len(known.delta):

@@ -207,7 +207,7 @@ class Measuring:
         first = np.concatenate(self.scoring.scores(groups))
         again = [np.concatenate(self.scoring.fresh(groups)) for _ in range(self.options.repeats)]
         same = retest(np.stack([first, *again], axis=1))
-        if self.scoring.by_group or not same.sigma == 0:
+        if self.scoring.by_group or same.sigma != 0:
             return _retested(same, "the same pictures again")
         kept = retest(np.stack([first, *self._preserved([row for group in groups for row in group])], axis=1))
         return _retested(kept, "changes that keep the content, as it is deterministic")
@@ -216,7 +216,8 @@ class Measuring:
         """What is scored again."""
         rated = self.scoring.rated
         if self.scoring.by_group:
-            return [(rated.pairs[row].first, rated.pairs[row].second) for row in self._rows("test")][:AGAIN]
+            pairs = [rated.pairs[row] for row in self._rows("test")]
+            return [(pair.first, pair.second) for pair in pairs][:AGAIN]
         return spread([(row,) for row in range(len(rated.pictures)) if rated.split_of(row) == "test"], AGAIN)
 
     def _preserved(self, rows: Sequence[int]) -> list[Floats]:
@@ -308,12 +309,16 @@ def _retested(found: Retest, kind: str) -> dict[str, Any]:
     return {**numbers, "pictures": found.pictures, "repeats": found.repeats, "kind": kind}
 
 
-def _plain(values: Any) -> Any:
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Estimates and numbers as JSON has them."""
+    return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(values: Any) -> Any:
     if isinstance(values, Estimate):
         return values.plain()
     if isinstance(values, Mapping):
-        return {name: _plain(value) for name, value in values.items()}
+        return _plain(values)
     if isinstance(values, list):
-        return [_plain(value) for value in values]
+        return [_as_json(value) for value in values]
     return rounded(values) if isinstance(values, float) else values

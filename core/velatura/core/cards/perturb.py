@@ -224,8 +224,8 @@ def expected(dimension: str, own: Mapping[str, str]) -> dict[str, str]:
 def preserving(image: Tensor) -> list[Tensor]:
     """The picture four times with its content: as a JPEG, without its margin, a little smaller, in 254 levels.
 
-    Scores of a deterministic judge differ between them by its noise. Margin (1/64 of the sides, stretched back) and size
-    (1 %) are left as they are where that is less than a pixel.
+    Scores of a deterministic judge differ between them by its noise. Margin (1/64 of the sides, stretched back) and
+    size (1 %) are left as they are where that is less than a pixel.
     """
     known = image.detach().float().cpu().clamp(0, 1)
     height, width = known.shape[-2:]

@@ -67,7 +67,7 @@ class Scoring:
         return self.of_samples([lambda g=group: [self.sample(row) for row in g] for group in groups])  # type: ignore[misc]
 
     def of_samples(self, groups: Sequence[Callable[[], Sequence[Sample]]]) -> list[Floats]:
-        """Scores of groups of pictures, NaN where there is none; each group is one prompt's, made when it is its turn."""
+        """Scores of groups of pictures, NaN where there is none; each group is one prompt's, made in its turn."""
         found: list[Floats] = []
         waiting: list[Sequence[Sample]] = []
         for number, make in enumerate(groups, start=1):

@@ -31,7 +31,7 @@ def tables(card: Mapping[str, Any]) -> Iterator[RenderableType]:
 def shown(estimate: Mapping[str, Any] | None, digits: int = 3) -> str:
     """`0.731 [0.701, 0.760]`; empty for what is not known."""
     if not estimate or estimate.get("value") is None:
-        return "–"
+        return "-"
     value = f"{estimate['value']:.{digits}f}"
     if estimate["low"] is None:
         return value
@@ -80,13 +80,13 @@ def _people_rows(people: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _noise_rows(measures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows, retest, position, cost = [], measures["retest"], measures["position"], measures["cost"]
     if retest:
-        icc = "–" if retest["icc"] is None else f"{retest['icc']:.3f}"
+        icc = "-" if retest["icc"] is None else f"{retest['icc']:.3f}"
         rows.append(("test-retest ICC(2,1)", icc, f"{retest['pictures']} pictures; {retest['kind']}"))
-        rows.append(("noise of a score", "–" if retest["sigma"] is None else f"{retest['sigma']:.3g}", "sigma"))
+        rows.append(("noise of a score", "-" if retest["sigma"] is None else f"{retest['sigma']:.3g}", "sigma"))
     if position:
         rows.append(("same in both orders", shown(position["consistency"]), "pairs"))
         rows.append(("worth of the first place", shown(position["bias"]), "0 is none"))
-    failed = "–" if cost["failed"] is None else f"{cost['failed']:.2%}"
+    failed = "-" if cost["failed"] is None else f"{cost['failed']:.2%}"
     rows.append(("failures", failed, f"{cost['pictures']} pictures"))
     if cost["p50"] is not None:
         rows.append(("seconds of a call, p50 / p95", f"{cost['p50']:.3g} / {cost['p95']:.3g}",

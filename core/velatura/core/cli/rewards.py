@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def add(name: str, verbs: Verbs) -> None:
     """Add this verb to the command line."""
     example = "velatura rewards bench recipes/tinyworld.yaml --calls 20"
-    parser = new_parser(
-        verbs, name, _bench, "measure rewards: their speed, or their agreement with people", example
-    )
+    parser = new_parser(verbs, name, _bench, "measure rewards: their speed, or their agreement with people", example)
     actions = parser.add_subparsers(metavar="bench|card", required=True)
     summary = "time the rewards of a recipe on pictures of its task, and say what they cost a training step"
     bench = new_parser(actions, "bench", _bench, summary, example)
@@ -68,10 +66,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     plan = plan_run(arguments.recipe, arguments.overrides)
     given = (arguments.prompt_price, arguments.completion_price)
     prices = None if given == (None, None) else Prices(prompt=given[0] or 0.0, completion=given[1] or 0.0)
+    size, device = arguments.batch, arguments.device
     benches = [
-        Bench(
-            plan=plan, stage=stage, device=arguments.device, calls=arguments.calls, batch=arguments.batch, prices=prices
-        )  # fmt: skip
+        Bench(plan=plan, stage=stage, device=device, calls=arguments.calls, batch=size, prices=prices)
         for stage in stages_of(plan, arguments.stage)
     ]
     rows, silent = _measured(benches, console)

@@ -172,10 +172,12 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[Token, ...] | None:
 def _usage(content: Mapping[str, Any]) -> Usage | None:
     """Tokens by the server's own count."""
     said = content.get("usage")
-    counts = [said.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(said, Mapping) else []
-    if len(counts) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts):
+    if not isinstance(said, Mapping):
         return None
-    return Usage(prompt=counts[0], completion=counts[1])
+    prompt, completion = said.get("prompt_tokens"), said.get("completion_tokens")
+    if type(prompt) is not int or type(completion) is not int or min(prompt, completion) < 0:
+        return None
+    return Usage(prompt=prompt, completion=completion)
 
 
 def _refusal(choice: Mapping[str, Any]) -> str:
