@@ -79,7 +79,12 @@ def sample(image, source=None, text="a portrait", name=None, category="portrait"
     """A picture, tensor or Pillow's, for a prompt; an edit when there is a source."""
     image, sources = as_tensor(image), () if source is None else tuple(as_tensor(s) for s in listed(source))
     prompt = Prompt(
-        id=name or text, text=text, task="edit" if sources else "t2i", sources=sources, category=category, metadata=metadata
+        id=name or text,
+        text=text,
+        task="edit" if sources else "t2i",
+        sources=sources,
+        category=category,
+        metadata=metadata,
     )
     return Sample(prompt=prompt, image=image, seed=0)
 

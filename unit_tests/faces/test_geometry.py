@@ -94,7 +94,12 @@ def test_photographed_faces_have_the_shape_of_a_face(own):
 
 def test_sharpness_is_one_for_noise_and_falls_with_blur():
     picture = photo("hopper", 64)
-    rows = [noise(64), tensor(picture), *(tensor(blurred(picture, radius)) for radius in (1, 2, 4)), torch.ones(3, 64, 64)]
+    rows = [
+        noise(64),
+        tensor(picture),
+        *(tensor(blurred(picture, radius)) for radius in (1, 2, 4)),
+        torch.ones(3, 64, 64),
+    ]
     found = sharpness(torch.stack(rows)).tolist()
     assert found[0] == pytest.approx(1, abs=0.02)
     assert found[1:] == sorted(found[1:], reverse=True)

@@ -126,7 +126,9 @@ def test_a_source_that_shows_nobody_recognisable_is_not_judged(reward, people):
 def test_the_output_cannot_close_the_gate(reward, people):
     """Whatever the edit shows, the reward applies: it is decided from the prompt and its source."""
     astronaut, _ = people
-    scores = reward.score([sample(one, astronaut, SKY) for one in (noise(), torch.zeros(3, 64, 64), blurred(astronaut, 9))])
+    scores = reward.score(
+        [sample(one, astronaut, SKY) for one in (noise(), torch.zeros(3, 64, 64), blurred(astronaut, 9))]
+    )
     assert scores.status == (Status.OK,) * 3
     assert scores.values.tolist() == [0, 0, 0]
 
@@ -153,7 +155,9 @@ def test_wrong_metadata_are_one_message(reward, people):
     astronaut, _ = people
     with pytest.raises(VelaturaError, match=r"Prompt 'p': its metadata field 'keeps_identity' holds 'no', and true or"):
         reward.applies(sample(astronaut, astronaut, SKY, name="p", keeps_identity="no").prompt)
-    with pytest.raises(VelaturaError, match=r"its metadata field 'faces' holds True\. .*\"metadata\": \{\"faces\": 2\}"):
+    with pytest.raises(
+        VelaturaError, match=r"its metadata field 'faces' holds True\. .*\"metadata\": \{\"faces\": 2\}"
+    ):
         reward.score([sample(astronaut, astronaut, SKY, faces=True)])
 
 
@@ -277,7 +281,10 @@ def test_pictures_may_have_other_sizes_than_their_sources(reward, people):
     astronaut, _ = people
     wide = Image.new("RGB", (400, 300), (200, 200, 210))
     wide.paste(astronaut, (100, 20))
-    assert values(reward, sample(wide, astronaut, SKY), sample(tensor(photo("astronaut", 160)), astronaut, SKY)) == [1, 1]
+    assert values(reward, sample(wide, astronaut, SKY), sample(tensor(photo("astronaut", 160)), astronaut, SKY)) == [
+        1,
+        1,
+    ]
 
 
 def test_prompts_without_a_source_are_not_judged(reward, people):

@@ -40,12 +40,17 @@ def detector(path: Path) -> None:
     values[4][row] = 6
     values[7][row] = np.array(POINTS).ravel()
     names = [f"out{i}" for i in range(9)]
-    nodes = [helper.make_node("ReduceMean", ["shown"], ["mean"], keepdims=0), helper.make_node("Mul", ["mean", "zero"], ["no"])]
+    nodes = [
+        helper.make_node("ReduceMean", ["shown"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "zero"], ["no"]),
+    ]
     nodes += [helper.make_node("Add", [f"v{i}", "no"], [name]) for i, name in enumerate(names)]
     constants = [numpy_helper.from_array(value, f"v{i}") for i, value in enumerate(values)]
     constants.append(numpy_helper.from_array(np.zeros((), dtype=np.float32), "zero"))
     shown = helper.make_tensor_value_info("shown", TensorProto.FLOAT, [1, 3, "H", "W"])
-    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(v.shape)) for n, v in zip(names, values, strict=True)]
+    outputs = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, list(v.shape)) for n, v in zip(names, values, strict=True)
+    ]
     save(model(helper.make_graph(nodes, "detector", [shown], outputs, constants)), path)
 
 
@@ -114,7 +119,9 @@ def test_its_licence_is_said_aloud_and_faces_are_compared_by_its_networks(weight
 
 
 def test_weights_that_are_not_there_are_not_fetched(weights, tmp_path):
-    with pytest.raises(VelaturaError, match=r"InsightFace weights 'other' in .*models/other, which holds no .onnx file"):
+    with pytest.raises(
+        VelaturaError, match=r"InsightFace weights 'other' in .*models/other, which holds no .onnx file"
+    ):
         made(tmp_path, weights, model="other")
     for network, lacking in ((recogniser, "detection"), (detector, "recognition")):
         folder = weights / "models" / f"no-{lacking}"

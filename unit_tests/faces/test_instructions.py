@@ -39,12 +39,16 @@ def test_what_leaves_a_face_alone_is_not_excused(text):
     assert changed(text) == ""
 
 
-@pytest.mark.parametrize("text", ["add a man next to the woman", "add another person", "Insert two children", "增加一个女人"])
+@pytest.mark.parametrize(
+    "text", ["add a man next to the woman", "add another person", "Insert two children", "增加一个女人"]
+)
 def test_instructions_may_ask_for_more_people(text):
     assert adds_people(text)
     assert changed(text) == ""
 
 
-@pytest.mark.parametrize("text", ["add a dog next to the man", "Put a red hat on him", "make the people smile", "增加一只狗"])
+@pytest.mark.parametrize(
+    "text", ["add a dog next to the man", "Put a red hat on him", "make the people smile", "增加一只狗"]
+)
 def test_other_additions_are_not_people(text):
     assert not adds_people(text)

@@ -111,7 +111,12 @@ def test_broken_pictures_fail_and_wrong_metadata_are_one_message(reward, people)
 
 def test_scores_do_not_depend_on_company(reward, people):
     astronaut, hopper = people
-    shown = [sample(blurred(astronaut, 2)), sample(noise()), sample(placed(photo("hopper", 96))), sample(beside(hopper, astronaut))]
+    shown = [
+        sample(blurred(astronaut, 2)),
+        sample(noise()),
+        sample(placed(photo("hopper", 96))),
+        sample(beside(hopper, astronaut)),
+    ]
     together = values(reward, *shown)
     assert together == pytest.approx([values(reward, one)[0] for one in shown], abs=1e-3)
     assert together == pytest.approx(values(reward, *shown[::-1])[::-1], abs=1e-3)

@@ -67,7 +67,7 @@ def test_the_notice_names_each_file_its_source_and_its_licence():
         assert digest in notice
     for words in ("@vladmandic/face-api 1.7.15", "facenet-pytorch 2.6.0", "CC0", "Vladimir Mandic", "Timothy Esler"):
         assert words in notice
-    assert notice.count("THE SOFTWARE IS PROVIDED \"AS IS\"") == 2
+    assert notice.count('THE SOFTWARE IS PROVIDED "AS IS"') == 2
     assert "rewards/velatura/rewards/faces/NOTICE.md" in (ROOT / "THIRD_PARTY_NOTICES.md").read_text()
 
 
@@ -110,5 +110,3 @@ def test_the_converter_reads_bytes_and_floats_in_their_order():
     assert (coded.tolist(), size) == ([[0, 1, 2], [3, 4, 5]], 6)
     plain, size = made.read({"shape": [2]}, data, 6)
     assert (plain.tolist(), size) == ([1.5, -2.0], 8)
-
-

@@ -35,28 +35,39 @@ class Reference:
 def references(name: str, stage: Stage) -> Iterator[Reference]:
     """All places in which a stage names another."""
     at = ("stages", name)
+    yield from _models(at, stage)
+    yield from _judges(at, stage)
+    yield from _choices(at, stage)
+    if isinstance(stage, JudgeFitStage) and stage.rated is not None:
+        yield Reference(at=(*at, "rated"), target=stage.rated, kinds=("rate",), role="ratings")
+    if isinstance(stage, RLStage | CurateStage) and stage.weights_from is not None:
+        yield Reference(
+            at=(*at, "weights_from"), target=stage.weights_from, kinds=("calibrate",), role="reward weights"
+        )
+
+
+def _models(at: Location, stage: Stage) -> Iterator[Reference]:
+    """The weights that a stage starts from, samples with, or learns from."""
     for field in ("init", "model", "baseline"):
         if hasattr(stage, field):
             target = getattr(stage, field)
             base = not isinstance(stage, ExportStage)
             yield Reference(at=(*at, field), target=target, kinds=TRAINED, role="a model", base=base)
-    yield from _judges(at, stage)
-    if isinstance(stage, JudgeFitStage) and stage.rated is not None:
-        yield Reference(at=(*at, "rated"), target=stage.rated, kinds=("rate",), role="ratings")
     if isinstance(stage, EvaluateStage):
         for index, target in enumerate(stage.models):
             yield Reference(at=(*at, "models", index), target=target, kinds=TRAINED, role="a model", base=True)
+    if isinstance(stage, DistillStage):
+        for route, target in stage.teachers.items():
+            yield Reference(at=(*at, "teachers", route), target=target, kinds=TEACHING, role="a teacher")
+
+
+def _choices(at: Location, stage: Stage) -> Iterator[Reference]:
+    """The choices of prompts that a stage takes or begins with."""
     if isinstance(stage, CurateStage) and stage.after is not None:
         yield Reference(at=(*at, "after"), target=stage.after, kinds=("curate",), role="an earlier choice of prompts")
     if isinstance(stage, RLStage | CalibrateStage) and stage.prompts is not None:
         yield Reference(at=(*at, "prompts"), target=stage.prompts, kinds=("curate",), role="a choice of prompts")
-    if isinstance(stage, RLStage | CurateStage) and stage.weights_from is not None:
-        yield Reference(
-            at=(*at, "weights_from"), target=stage.weights_from, kinds=("calibrate",), role="reward weights"
-        )
     if isinstance(stage, DistillStage):
-        for route, target in stage.teachers.items():
-            yield Reference(at=(*at, "teachers", route), target=target, kinds=TEACHING, role="a teacher")
         for route, target in stage.prompts.items():
             yield Reference(at=(*at, "prompts", route), target=target, kinds=("curate",), role="a choice of prompts")
 

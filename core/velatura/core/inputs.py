@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from velatura.core.fingerprint import file_hash, reward_fingerprint, texts
 from velatura.core.recipe import content_hash
+from velatura.core.settings import ExportStage
 from velatura.core.settings_judge import JudgeFitStage
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def file_inputs(plan: Plan, name: str) -> dict[str, str]:
     if isinstance(config, JudgeFitStage):
         started = set_up(plan, "judge_model", config.judge_model).fingerprint()
         return found | {"what the judge starts from": started}
-    if not hasattr(config, "adapter"):
+    if isinstance(config, ExportStage):
         return found
     adapter: Any = set_up(plan, "adapter", config.adapter)
     weights = Path(str(adapter.describe().get("weights", "")))

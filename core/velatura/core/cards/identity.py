@@ -9,7 +9,7 @@ from typing import Any
 
 from velatura.core.build import build
 from velatura.core.components import RewardModel
-from velatura.core.pipeline import file_hash
+from velatura.core.fingerprint import file_hash
 from velatura.core.recipe import content_hash
 from velatura.core.registry import Registry
 from velatura.core.settings import Ref

@@ -103,9 +103,7 @@ def read_proxies(stages: Sequence[Stage], notes: list[str]) -> list[Proxy]:
     return found
 
 
-def _proxies(
-    stage: Stage, route: str, facts: Mapping[str, Any], evaluation: Evaluation, baseline: str
-) -> list[Proxy]:
+def _proxies(stage: Stage, route: str, facts: Mapping[str, Any], evaluation: Evaluation, baseline: str) -> list[Proxy]:
     rewards = [name for name in facts["metrics"] if name.startswith("reward/")]
     golds = [name for name in facts["metrics"] if name.startswith("gold/")]
     made = []
@@ -143,7 +141,9 @@ def _changes(facts: Mapping[str, Any], model: str, reward: str, gold: str, basel
     """`reward +0.31 [+0.20, +0.42], alignment -0.02 [-0.04, +0.00]`."""
     if model == baseline:
         return "baseline"
-    return ", ".join(f"{metric_name(name)} {_change(facts['models'][model][name]['overall'])}" for name in (reward, gold))
+    return ", ".join(
+        f"{metric_name(name)} {_change(facts['models'][model][name]['overall'])}" for name in (reward, gold)
+    )
 
 
 def _change(cell: Mapping[str, Any]) -> str:
@@ -158,4 +158,3 @@ def _with_interval(found: Mapping[str, Any], name: str) -> str:
         return "–"  # noqa: RUF001
     ends = found.get(f"{name}_interval")
     return f"{found[name]:.3f}" + ("" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]")
-

@@ -41,9 +41,11 @@ def run(stage: StageRun) -> dict[str, Any]:
         require_budgets(stage, prompts, judges[0])
         pairs = _pair_lines(stage, prompts)
         measured = _measure_all(stage, judges, prompts)
+        failures = sum(stage.ranks.gather(sum(sum(judge.failures.values()) for judge in judges)))
+        if not stage.ranks.first:
+            return {}
         found = statistics(measured)
         fitted = _fit(stage, judges[0], prompts, pairs, measured, found) if pairs else None
-        failures = sum(sum(judge.failures.values()) for judge in judges)
     rules = Rules(
         rewards=len(config.rewards), prior=config.prior_groups, kappa=config.kappa, bootstrap=config.bootstrap,
         seed=stage.seed,
@@ -142,11 +144,17 @@ def _measure_all(stage: StageRun, judges: Sequence[Judge], prompts: Sequence[Pro
         batch=config.sampling.batch,
     )
     blocks = max(1, config.sampling.batch // config.group_size)
+    firsts = range(0, len(prompts), blocks)
     parts = []
     with stage.progress(len(prompts), unit="prompts") as bar:
-        for first in range(0, len(prompts), blocks):
+        made = {
+            first: _measure(stage, policy, sampler, judges, prompts[first : first + blocks], first, bar)
+            for first in stage.ranks.own(firsts)
+        }
+        stage.ranks.barrier()  # what the others measured is on disk
+        for first in firsts:
             own = prompts[first : first + blocks]
-            part = _measure(stage, policy, sampler, judges, own, first, bar)
+            part = made.get(first) or _measure(stage, policy, sampler, judges, own, first, bar)
             parts.append((part["scores"].double().numpy(), part["status"].numpy(), part["group"].numpy() + first))
     categories = _by_category(prompts)
     return Measured(

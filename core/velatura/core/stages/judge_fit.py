@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -65,8 +66,9 @@ def run(stage: StageRun) -> dict[str, Any]:
         facts = {
             "dimension": config.dimension, "splits": dict(splits.digests()), "stage": stage.name, "figures": figures,
         }  # fmt: skip
-        _write(stage.folder / JUDGE, model, net, facts)
-    write_json_atomic(stage.folder / "validation.json", facts)
+        if stage.ranks.first:
+            _write(stage.folder / JUDGE, model, net, facts)
+            write_json_atomic(stage.folder / "validation.json", facts)
     return result | {"dimension": config.dimension, "judge": JUDGE, "test": figures}
 
 
@@ -116,17 +118,20 @@ class Batches:
 
 def _learn(training: Training, model: JudgeModel[Any], rated: Sequence[Any], watch: Stopwatch) -> dict[str, float]:
     """One optimiser step on some rated pictures."""
-    size = training.config.micro_batch
+    size, ranks = training.config.micro_batch, training.run.ranks
     parts = [rated[first : first + size] for first in range(0, len(rated), size)]
-    metrics: dict[str, float] = {"loss": 0.0}
+    own = [(part, len(part) / len(rated)) for part in ranks.own(parts)]
+    own += [(parts[0], 0.0)] * (-(-len(parts) // ranks.size) - len(own))  # who has none left waits in a backward
+    sums: dict[str, float] = defaultdict(float)
     with watch.phase("update"):
-        for number, part in enumerate(parts, start=1):
-            share = len(part) / len(rated)
+        for number, (part, share) in enumerate(own, start=1):
             loss = model.loss(training.engine.module, part)
-            training.engine.backward(loss.value * share, last=number == len(parts))
-            metrics["loss"] += float(loss.value.detach()) * share
+            training.engine.backward(loss.value * share, last=number == len(own))
+            sums["loss"] += float(loss.value.detach()) * share
             for name, value in loss.metrics.items():
-                metrics[f"loss/{name}"] = metrics.get(f"loss/{name}", 0.0) + float(value) * share
+                sums[f"loss/{name}"] += float(value) * share
+        of_ranks = ranks.gather(dict(sums))
+        metrics = {name: sum(one[name] for one in of_ranks) for name in sums}
         info = training.engine.step()
         training.policy.changed()
     return metrics | {"grad_norm": info.grad_norm, "lr": info.lr, "updated": float(info.updated)}

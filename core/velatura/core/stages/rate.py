@@ -43,14 +43,17 @@ def run(stage: StageRun) -> dict[str, Any]:
     size = max(1, config.sampling.batch // config.group_size)
     lines: list[str] = []
     with _judge(stage) as judge, stage.progress(count, unit="prompts") as bar:
-        for first in range(0, count, size):
-            path = stage.folder / "blocks" / f"{first:06d}.jsonl"
+        files = {first: stage.folder / "blocks" / f"{first:06d}.jsonl" for first in range(0, count, size)}
+        for first in stage.ranks.own(list(files)):
             block = prompts[first : first + size]
-            if not path.exists():
-                write_text_atomic(path, _block(stage, policy, sampler, judge, block, prompts, first))
+            if not files[first].exists():
+                write_text_atomic(files[first], _block(stage, policy, sampler, judge, block, prompts, first))
             bar.tick("", len(block))
-            lines += path.read_text(encoding="utf-8").splitlines()
-        failures = sum(judge.failures.values())
+        failures = sum(stage.ranks.gather(sum(judge.failures.values())))
+    if not stage.ranks.first:
+        return {}
+    for path in files.values():
+        lines += path.read_text(encoding="utf-8").splitlines()
     write_text_atomic(stage.folder / RATINGS, "".join(f"{line}\n" for line in lines))
     by_dimension: dict[str, int] = {}
     for line in lines:
