@@ -212,12 +212,13 @@ def test_a_curate_stage_compares_with_the_same_weights_in_units_of_each_spread(d
 
 
 def pairs_file(folder: Path, prompts: list[str], prefers: Callable[[int], str]) -> Path:
+    """Pictures that differ a little in brightness and a lot in grain, which sharpness sees."""
     rng, lines = np.random.default_rng(0), []
     (folder / "people").mkdir(exist_ok=True)
     for number in range(60):
-        for side, light in zip("ab", rng.integers(20, 235, size=2), strict=True):
-            noise = rng.integers(-20, 20, size=(24, 24, 3))
-            Image.fromarray((int(light) + noise).clip(0, 255).astype(np.uint8)).save(
+        for side, level, grain in zip("ab", rng.integers(114, 142, 2), rng.integers(1, 110, 2), strict=True):
+            noise = rng.integers(-int(grain), int(grain) + 1, size=(24, 24, 3))
+            Image.fromarray((int(level) + noise).clip(0, 255).astype(np.uint8)).save(
                 folder / "people" / f"{number}{side}.png"
             )
         prompt = prompts[number % len(prompts)]
@@ -237,15 +238,16 @@ def test_budgets_follow_people_where_that_holds_elsewhere(folder: Path, done: Pa
     from velatura.core.check import ready
 
     prompts = [p.id for p in ready(task.recipe, task.registry, "task", task.recipe.task_of("weights")).prompts("train")]
-    pairs_file(folder, prompts, lambda number: "a")
+    pairs_file(folder, prompts, lambda i: "a")
     pairs_file(folder, prompts, lambda i: "a" if light(folder, f"{i}a.png") > light(folder, f"{i}b.png") else "b")
     overrides = ["stages.teacher.weights_from=null", "stages.teacher.advantage=group-z",
                  f"{STAGE}.human_pairs=people/pairs.jsonl"]  # fmt: skip
     run = start("fitted", *overrides, only="weights")
     told = json.loads((run / "weights" / "manifest.json").read_text())["result"]["human_pairs"]
-    assert told["refused"] == "" and told["accuracy"] > 0.9 > told["equal"] and told["low"] > 0
+    assert told["refused"] == "", told
+    assert told["accuracy"] > 0.75 > told["equal"] and 0 < told["low"] < told["gain"]
     rows = ledger(run)
-    assert rows["portrait", "bright"]["budget"] > 0.8
+    assert rows["portrait", "bright"]["budget"] > 0.6
     assert "fitted to 60 pairs of 24 prompts" in rows["portrait", "bright"]["reason"]
 
 
