@@ -53,8 +53,8 @@ class ImageReward(RewardModel[ImageRewardOptions]):
     """How much people prefer a picture for its prompt, about -2 to 2: (head(h) - .167) / 1.033.
 
     h is the first state of BLIP's text encoder, which attends to the picture; BLIP and five linear layers were
-    fine-tuned on 137,000 comparisons by experts (arXiv:2304.05977). Code Apache 2.0; see the card of the weights. The file has the
-    authors' names, which are translated; only tensors are read from it.
+    fine-tuned on 137,000 comparisons by experts (arXiv:2304.05977). Code Apache 2.0; see the card of the weights. The
+    file has the authors' names, which are translated; only tensors are read from it.
 
     Known holes. It sees 224 x 224 pixels of the middle and 35 tokens. It was learnt from pictures of Stable Diffusion 1
     and its contemporaries. Trained on, it brings large, centred, repeated subjects. It does not apply to edits.

@@ -38,8 +38,8 @@ class HpsV2(RewardModel[HpsV2Options]):
     """How much people prefer a picture for its prompt: scale cos(picture, text), with the weights of HPS v2.1.
 
     A CLIP ViT-H-14 fine-tuned on 800,000 choices of people (arXiv:2306.09341). Its file has open_clip's names, which
-    are translated; nothing in it is run. Ordinary pictures score 20 to 33 with `scale` 100. Code Apache 2.0; see the card
-    of the weights.
+    are translated; nothing in it is run. Ordinary pictures score 20 to 33 with `scale` 100. Code Apache 2.0; see the
+    card of the weights.
 
     Known holes. It sees 224 x 224 pixels, cropped to the middle, and 77 tokens. It likes saturated, glossy and
     plain-background pictures, and is the reward most often seen to be gamed that way. The authors' script resizes
