@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from inspect import isgenerator
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,12 @@ def train(place: Path, family: str, model: Path, engine: dict[str, Any], **optio
     """One step of reinforcement learning by the whole command; its metrics."""
     (place / "bright.py").write_text(BRIGHT)
     (place / "t2i.jsonl").write_text("\n".join(json.dumps({"prompt": p.text}) for p in PROMPTS))
-    size = {"height": 64, "width": 64} if family == "qwen_image_21" else {"height": 32, "width": 32}
+    size = {"height": 32, "width": 32} if family == "sd3" else {"height": 64, "width": 64}
+    name = import_module(family).ADAPTER
     (place / "recipe.yaml").write_text(yaml.safe_dump({
         "output": str(place / "run"), "plugins": ["./bright.py"],
         "engine": {"threads": 1, "device": "cpu", **engine},
-        "adapter": {"use": FAMILIES[family].name, "with": {"path": str(model), "lora_rank": 2, **size, **options}},
+        "adapter": {"use": name, "with": {"path": str(model), "lora_rank": 2, **size, **options}},
         "sampling": {"steps": 2, "batch": 8},
         "guidance": {"use": "rollout-only", "with": {"scale": 2.0}},
         "stages": {"teacher": {
@@ -233,18 +235,29 @@ def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+@pytest.mark.parametrize(
+    ("family", "options", "blocks"),
+    [
+        ("sd3", {}, ["JointTransformerBlock"] * 2),
+        ("qwen_image_21", {}, ["QwenImage21TransformerBlock"] * 2),
+        ("flux", {"text_tokens": 16, "true_cfg": True}, ["FluxTransformerBlock", "FluxSingleTransformerBlock"]),
+    ],
+    ids=["sd3", "qwen_image_21", "flux"],
+)
 def test_compiled_blocks_train_a_step_and_pass_the_check_before_it(
-    tiny: Make, quickly_compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    family: str, options: dict[str, Any], blocks: list[str],
+    tiny: Make, quickly_compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setenv("HOME", str(tmp_path))
     checked: list[str] = []
     monkeypatch.setattr(
         "velatura.core.stages.rl.self_check", lambda *arguments: checked.append("once") or self_check(*arguments)
     )
-    metrics = train(tmp_path, "sd3", tiny("sd3"), ENGINES["local"], compile=True)
+    metrics = train(tmp_path, family, tiny(family), ENGINES["local"], compile=True, **options)
     assert metrics["updated"] == 1
+    assert metrics["grad_norm"] > 0
     assert checked == ["once"]
-    assert len(quickly_compiled) == 2  # blocks
+    assert quickly_compiled == blocks
 
 
 def test_compiled_blocks_wear_every_set(opened: Make, quickly_compiled: list[str]) -> None:
