@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import yaml
 
 from velatura.api import Prompt
@@ -35,6 +36,8 @@ FAMILIES: dict[str, tuple[str, str, Part, Part]] = {
                       ("AutoencoderKLQwenImage21", {})),
     "qwen-image": ("Qwen-Image", "QwenImagePipeline", ("QwenImageTransformer2DModel", {}),
                    ("AutoencoderKLQwenImage", {})),
+    "qwen-image-edit-plus": ("Qwen-Image-Edit-Plus, one source", "QwenImageEditPlusPipeline",
+                             ("QwenImageTransformer2DModel", {"zero_cond_t": True}), ("AutoencoderKLQwenImage", {})),
     "sd3": ("SD 3.5 medium", "StableDiffusion3Pipeline", ("SD3Transformer2DModel", SD35), ("AutoencoderKL", KL)),
     "flux": ("FLUX.1 dev", "FluxPipeline", ("FluxTransformer2DModel", {"guidance_embeds": True}),
              ("AutoencoderKL", KL)),
@@ -45,8 +48,11 @@ FAMILIES: dict[str, tuple[str, str, Part, Part]] = {
 """Adapter -> what it is called, and its pipeline's parts."""
 DISTILLED = ("flux", "flux2")
 """Guidance is a number that the network is told."""
+EDITS = ("qwen-image-edit-plus",)
+"""They draw nothing without a source image."""
 GPUS = 8
 PROMPT = Prompt(id="p", text="a red fox in the snow beside a wooden sign that says hello", task="t2i")
+EDIT = replace(PROMPT, task="edit", sources=(torch.zeros(3, 1024, 1024),))
 HEAD = (
     "| model | parameters | LoRA 32: ZeRO 1 | 2 | 3 | all weights: ZeRO 1 | 2 | 3 |\n|---|---|---|---|---|---|---|---|"
 )
@@ -78,7 +84,7 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 
 def recipe(place: Path, adapter: str, lora: int | None) -> Path:
-    """One stage of reinforcement learning on text to image."""
+    """One stage of reinforcement learning."""
     options = {"path": str(place / "model"), "lora_rank": lora, "gradient_checkpointing": True}
     stage = {
         "stage": "rl", "group_size": 4, "prompts_per_step": 8, "micro_batch": 1,
@@ -94,7 +100,7 @@ def recipe(place: Path, adapter: str, lora: int | None) -> Path:
 
 def row(adapter: str) -> str:
     """One line of the table."""
-    cells, parameters = [], 0.0
+    cells, parameters, prompt = [], 0.0, EDIT if adapter in EDITS else PROMPT
     for lora in (32, None):
         with tempfile.TemporaryDirectory() as name:
             place = Path(name)
@@ -106,7 +112,7 @@ def row(adapter: str) -> str:
             placement = Placement(read, registry, GPUS)
             for zero in (1, 2, 3):
                 placement.sharding = replace(placement.sharding, kind="deepspeed", zero_stage=zero)
-                plan = placement.plan("teacher", made, lambda ref, split: [PROMPT])
+                plan = placement.plan("teacher", made, lambda ref, split: [prompt])
                 if plan is None:
                     raise SystemExit(f"The footprint of {adapter} is not known.")
                 cells.append(f"{plan.peak / 1e9:.0f} ({plan.phase})")
