@@ -14,10 +14,12 @@ from velatura.core.cli import show
 from velatura.core.components import CONTRACTS
 from velatura.core.recipe import SLOTS, STAGE_CLASSES, Recipe
 from velatura.core.registry import ComponentInfo, Registry
-from velatura.core.settings import Engine, Optimizer, Ref, RewardRef, Sampling, Settings
+from velatura.core.settings import Breaker, Engine, Golden, Optimizer, Ref, RewardRef, Sampling, Settings
 
 PAGE = Path(__file__).with_name("recipes.md")
-SETTINGS: Mapping[str, type[Settings]] = {"engine": Engine, "sampling": Sampling, "optimizer": Optimizer}
+SETTINGS: Mapping[str, type[Settings]] = {
+    "engine": Engine, "sampling": Sampling, "optimizer": Optimizer, "breaker": Breaker, "golden": Golden
+}  # fmt: skip
 """Fields that hold settings of their own."""
 LISTS = ("rewards", "guards", "evaluators", "observers")
 """Slots that hold several components."""
@@ -68,7 +70,7 @@ def lead(cls: type[Any]) -> str:
 def reference_text() -> str:
     """What may stand in a slot."""
     return (
-        "What stands in a slot. A reward has some fields more than other components.\n\n"
+        "What stands in a slot. A reward has more fields than other components.\n\n"
         + table(Ref)
         + "\n"
         + table(RewardRef, leave_out=tuple(Ref.model_fields))

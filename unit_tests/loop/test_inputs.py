@@ -70,7 +70,9 @@ def test_an_option_that_is_null_is_one_that_is_left_out(tmp_path: Path) -> None:
 def test_how_a_reward_is_looked_after_changes_no_result(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     now = inputs(path)
-    path.write_text(path.read_text().replace("{use: vlm-judge,", "{use: vlm-judge, cache: false, threads: 1,"))
+    (tmp_path / "golden.jsonl").write_text("{}")
+    care = "cache: false, threads: 1, golden: {file: golden.jsonl}, breaker: {after: 2}"
+    path.write_text(path.read_text().replace("{use: vlm-judge,", f"{{use: vlm-judge, {care},"))
     assert difference(now, inputs(path)) == []
 
 

@@ -40,7 +40,8 @@ def file_inputs(plan: Plan, name: str) -> dict[str, str]:
 
     No key says where a clone or a package lies, so that what was moved is not done again.
     """
-    stage, config = plan.resolved["stages"][name], plan.recipe.stage(name)
+    config = plan.recipe.stage(name)
+    stage = {key: lasting(key, value) for key, value in plan.resolved["stages"][name].items()}
     named = sorted({text for text in texts([stage, prompt_tasks(plan, name)]) if (plan.base / text).is_file()})
     found = {f"file {text}": file_hash(plan.base / text) for text in named}
     from velatura.core.check import set_up

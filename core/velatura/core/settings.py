@@ -95,7 +95,7 @@ class RewardRef(Ref):
         None, description="Whether scores are kept in the run folder and used again; null: judges' are, others' not."
     )
     threads: Count | None = Field(None, description="CPU threads of its own; null takes as many as the run has.")
-    breaker: Breaker = Breaker()
+    breaker: Breaker = Field(Breaker(), description="When it is left alone because it keeps failing.")
     golden: Golden | None = Field(None, description="Checks the reward on pictures whose scores are known.")
     judge: str | None = Field(
         None, description="A judge-fit stage: the reward asks the judge that it made, its option `path`."

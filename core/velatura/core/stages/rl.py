@@ -295,12 +295,7 @@ def run(stage: StageRun) -> dict[str, Any]:
                 prompts, config.prompts_per_step, seed=stage.seed, at=f"stages.{stage.name}", start=training.start
             ),
             showcase=Showcase(stage, training.policy, sampler, prompts),
-            ledger=TrainingLedger.open(
-                stage.folder / PROMPTS,
-                config.group_size,
-                stage.run_folder / config.prompts / "ledger.parquet" if config.prompts else None,
-                writes=stage.ranks.first,
-            ),
+            ledger=_ledger(stage),
         )
         if training.start == 0:
             loop.showcase.draw(0)
@@ -309,6 +304,12 @@ def run(stage: StageRun) -> dict[str, Any]:
     return training.finish() | {"guidance_scale": scale} | training.lineage() | {
         "failures": failures(stage), "failures_by_category": counted_in(read_log(stage.folder / "metrics.jsonl"))
     }  # fmt: skip
+
+
+def _ledger(stage: StageRun) -> TrainingLedger:
+    """What is known of the prompts, from this stage's earlier steps or from the stage that curated them."""
+    curated = stage.run_folder / stage.config.prompts / "ledger.parquet" if stage.config.prompts else None
+    return TrainingLedger.open(stage.folder / PROMPTS, stage.config.group_size, curated, writes=stage.ranks.first)
 
 
 def failures(stage: StageRun) -> dict[str, int]:
