@@ -255,7 +255,7 @@ def test_options_that_contradict_each_other_are_refused(own, tmp_path):
 
 
 def test_insightface_asks_for_consent_and_is_named_when_missing(monkeypatch, tmp_path):
-    with pytest.raises(ValidationError, match="non-commercial research only. Set `accept_non_commercial: true`"):
+    with pytest.raises(ValidationError, match=r"non-commercial research only\. Set `accept_non_commercial: true`"):
         IdentityOptions(backend="insightface")
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     reward = FaceIdentity(IdentityOptions(backend="insightface", accept_non_commercial=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def generator():
     data = path.read_bytes()
     assert hashlib.sha256(data).hexdigest() == DIGEST
     layers, sizes = [], (100, 512, 256, 128, 64, 3)
-    for row, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for row, (before, after) in enumerate(pairwise(sizes)):
         stride, padding = (2, 1) if row else (1, 0)
         layers.append(nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False))
         layers += [nn.BatchNorm2d(after), nn.ReLU()] if row < 4 else [nn.Tanh()]

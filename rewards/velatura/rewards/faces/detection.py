@@ -130,8 +130,8 @@ class Detector(nn.Module):
     def _asked(self, net: Any, sums: Tensor, windows: Sequence[Tensor], side: int) -> list[Tensor]:
         """What `net` says of the windows of each picture, shown to it at `side` pixels."""
         shown = torch.cat([crops(one, window, side) for one, window in zip(sums, windows, strict=True)])
-        answers = torch.cat([net(part) for part in shown.split(AT_ONCE)])
-        return list(answers.split([len(window) for window in windows]))
+        answers = torch.cat([net(part) for part in torch.split(shown, AT_ONCE)])
+        return list(torch.split(answers, [len(window) for window in windows]))
 
     def _second(self, x: Tensor) -> Tensor:
         """[K 3 24 24] to [K 5]: probability of a face, and how to move each side of the window."""

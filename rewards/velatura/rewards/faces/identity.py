@@ -76,9 +76,9 @@ class FaceIdentity(RewardModel[IdentityOptions]):
 
     r = sum_j q_j v_j / sum_j q_j - extra e / J, at least 0, over the J faces of the source that can be recognised, with
     v_j = clip((none - d_j) / (none - full), 0, 1), d_j the distance of its embedding to that of the face it is taken
-    for, q_j the confidence of the detector times sharpness, and e the faces beyond those of the source. One to one, with
-    the least sum of distances, less `prior` where places overlap. A face that is gone has v_j = 0. `full` is about what
-    two good photographs of a person have, so that copying pixels earns no more than showing the person.
+    for, q_j the confidence of the detector times sharpness, and e the faces beyond those of the source. Faces are taken
+    one to one, with the least sum of distances, less `prior` where places overlap. One that is gone has v_j = 0. `full`
+    is about what two good photographs of a person have, so that copying pixels earns no more than showing the person.
 
     Faces: MTCNN; identity: dlib's network, 128 numbers; both from inside this package. The source is the gate, never
     the edit: without a face of `min_face` pixels, sharp and towards us, the reward does not apply, nor where the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-CLAUSES = re.compile(r"[.;,!?\n，。；！？]")
+CLAUSES = re.compile("[.;,!?\n\u3002\uff0c\uff1b\uff01\uff1f]")
 PERSON = (
     r"(?:person|people|persons|man|men|woman|women|boys?|girls?|guys?|lady|ladies|child|children|kids?|baby|babies|faces?"
     r"|heads?|subjects?|everyone|everybody|him|them|her)"
@@ -29,8 +29,9 @@ ELSEWHERE = re.compile(
 STYLES = (
     r"(?:cartoon|anime|manga|comic|caricature|chibi|pixar|disney|ghibli|simpsons?|lego|minecraft|pixel[- ]art|sketch"
     r"|drawing|doodle|line[- ]art|painting|painted|water\s?colou?r|gouache|charcoal|engraving|woodcut|etching|mosaic"
-    r"|stained[- ]glass|origami|sculpture|statue|figurine|action figure|plush\w*|puppet|doll|claymation|voxel|low[- ]poly"
-    r"|8[- ]bit|emoji|sticker|3d (?:render\w*|model)|illustration|pop[- ]art|cubis[tm]|impressionis[tm]|van gogh|picasso)"
+    r"|stained[- ]glass|origami|sculpture|statue|figurine|action figure|plush\w*|puppet|doll|claymation|voxel"
+    r"|low[- ]poly|8[- ]bit|emoji|sticker|3d (?:render\w*|model)|illustration|pop[- ]art|cubis[tm]"
+    r"|impressionis[tm]|van gogh|picasso)"
 )
 VERBS = (
     r"(?:make|turn|render|re-?draw|draw|paint|convert|transform|re-?style|change|re-?imagine|re-?create|depict|show)"
@@ -59,7 +60,8 @@ CHANGES: Mapping[str, re.Pattern[str]] = {
         r"|背对|转过身|转身|背影|从背后|从后面"
     ),
     "ages": re.compile(
-        rf"\b(?:older|younger|elderly|teenager|toddler)\b|\b(?:age|de-?age)\s+{GAP}{PERSON}|\bgender\b|\byears? (?:old|older|younger)\b"
+        rf"\b(?:older|younger|elderly|teenager|toddler)\b|\b(?:age|de-?age)\s+{GAP}{PERSON}"
+        r"|\bgender\b|\byears? (?:old|older|younger)\b"
         r"|\bas (?:a|an) (?:old |young )?(?:child|kid|baby|man|woman)\b|\binto (?:a|an) (?:child|kid|baby|man|woman)\b"
         r"|变老|变年轻|年轻化|性别|变成.{0,4}(?:小孩|婴儿|老人|男人|女人|男性|女性)"
     ),
@@ -67,7 +69,8 @@ CHANGES: Mapping[str, re.Pattern[str]] = {
 """What is done to a face so that it cannot, or need not, be recognised afterwards."""
 STYLISES = re.compile(
     rf"\bstyli[sz]e|\b{STYLES}[- ](?:\w+ )?(?:style|version|look|effect|filter|character)\b|\bin (?:the )?style of\b"
-    rf"|\b{VERBS}\b.*\b{STYLES}\b|\b(?:into|as|like) (?:a|an) (?:[\w-]+ ){{0,3}}{STYLES}\b|^(?:an? )?(?:[\w-]+ ){{0,2}}{STYLES}$"
+    rf"|\b{VERBS}\b.*\b{STYLES}\b|\b(?:into|as|like) (?:a|an) (?:[\w-]+ ){{0,3}}{STYLES}\b"
+    rf"|^(?:an? )?(?:[\w-]+ ){{0,2}}{STYLES}$"
     r"|(?:卡通|动漫|漫画|油画|水彩|素描|插画|像素|乐高|雕像|手办|粘土|黏土|吉卜力|皮克斯|迪士尼|版画|国画|水墨|简笔画|3D).{0,4}(?:风|版|化|画|效果|形象|$)"
 )
 ADDS = re.compile(

@@ -19,8 +19,8 @@ class FaceOptions(Options):
 
     backend: Literal["own", "insightface"] = Field(
         "own",
-        description="`own`: MTCNN and dlib's network with the weights that ship, free for any use; `insightface`: SCRFD "
-        "and ArcFace by the extra of that name, whose weights are for research that is not commercial.",
+        description="`own`: MTCNN and dlib's network with the weights that ship, under MIT and CC0; `insightface`: "
+        "SCRFD and ArcFace by the extra of that name, whose weights are for research that is not commercial.",
     )
     insightface_model: str = Field(
         "buffalo_l", min_length=1, description="With `insightface`: the folder of weights in `insightface_root`/models."
@@ -41,7 +41,8 @@ class FaceOptions(Options):
         if self.backend == "insightface" and not self.accept_non_commercial:
             raise ValueError(
                 "`backend: insightface` uses weights that InsightFace gives away for non-commercial research only. Set "
-                "`accept_non_commercial: true` if that is what you do, or take `backend: own`, which is free for any use"
+                "`accept_non_commercial: true` if that is what you do, or take `backend: own`, whose weights are under "
+                "MIT and CC0"
             )
         return self
 
@@ -62,8 +63,8 @@ def open_reader(user: str, options: FaceOptions, context: Context) -> Reader:
     from velatura.rewards.faces.insight import InsightReader
 
     logger.warning(
-        "'{}' recognises faces with the InsightFace weights {!r}: for non-commercial research only, also what is trained "
-        "with them. `backend: own` is free for any use.", user, options.insightface_model,
+        "'{}' recognises faces with the InsightFace weights {!r}, which are for non-commercial research only. The "
+        "weights of `backend: own` are under MIT and CC0.", user, options.insightface_model,
     )  # fmt: skip
     root = context.resolve(Path(options.insightface_root).expanduser())
     return InsightReader(user, root, options.insightface_model, device)
@@ -80,7 +81,7 @@ def asked_for(prompt: Prompt, field: str) -> int | None:
     value = prompt.metadata[field]
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise VelaturaError(
-            f"Prompt {prompt.id!r}: its metadata field {field!r} holds {value!r}. How many faces the picture should show "
-            'belongs there: a whole number, like "metadata": {"' + field + '": 2}.'
+            f"Prompt {prompt.id!r}: its metadata field {field!r} holds {value!r}. How many faces the picture should "
+            'show belongs there: a whole number, like "metadata": {"' + field + '": 2}.'
         )
     return value

@@ -20,7 +20,7 @@ SMALLEST = 16
 CONFIDENCE = (0.7, 0.95)
 SHARPNESS = (0.08, 0.18)
 MISFIT = (0.3, 0.12)
-"""Where each check gives nothing, and from where it gives everything. Of photographed faces 99 % misfit by less than .1."""
+"""Where each check gives nothing, and from where it gives everything. Of 62 generated faces 99 % misfit by below .1."""
 CLEAN = (20.0, 80.0)
 """The same for 100 - BRISQUE."""
 

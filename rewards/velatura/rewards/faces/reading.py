@@ -113,7 +113,7 @@ class OwnReader:
         ]
         parts = [self.recogniser(torch.stack(chips[i : i + self.batch])) for i in range(0, len(chips), self.batch)]
         joined = torch.cat(parts).cpu() if parts else torch.zeros(0, SIZE)
-        return list(joined.split([len(faces) for faces in found]))
+        return list(torch.split(joined, [len(faces) for faces in found]))
 
 
 def described(image: Tensor, found: Found, embeddings: Tensor) -> Faces:

@@ -31,6 +31,8 @@ class Recogniser(nn.Module):
     one scale and bias a channel.
     """
 
+    mean: Tensor
+
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """`weights`: as `weights.read` returns them."""
         super().__init__()
