@@ -176,6 +176,13 @@ def test_scores_do_not_depend_on_company(reward, people):
         assert float(reward.score([one]).values) == pytest.approx(float(together.values[row]), abs=1e-3)
 
 
+def test_prompts_of_one_name_keep_their_own_sources(reward, people):
+    """Ids are unique within a task only."""
+    astronaut, hopper = people
+    shown = [sample(astronaut, astronaut, SKY, name="0"), sample(astronaut, hopper, SKY, name="0")]
+    assert values(reward, *shown) == [1, 0]
+
+
 def test_sources_are_read_once_and_kept_in_memory_only(own, tmp_path, people):
     astronaut, hopper = people
     reward, calls = ready(own, tmp_path), []

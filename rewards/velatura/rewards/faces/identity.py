@@ -123,7 +123,7 @@ class FaceIdentity(RewardModel[IdentityOptions]):
                 judged.append(sample)
         shown = self._reader.read([sample.image for sample in judged], self.options.min_face / 2, recognise=True)
         for sample, faces in zip(judged, shown, strict=True):
-            found[id(sample)] = self._judge(sample.prompt, wanted[sample.prompt.id], faces, self._reader)
+            found[id(sample)] = self._judge(sample.prompt, wanted[id(sample.prompt)], faces, self._reader)
         return measured(samples, lambda sample: found[id(sample)])
 
     def _bounds(self, reader: Reader) -> tuple[float, float]:
@@ -143,7 +143,7 @@ class FaceIdentity(RewardModel[IdentityOptions]):
             )
         return "" if said else f"The metadata field {self.options.field!r} is false"
 
-    def _silent(self, prompt: Prompt, wanted: dict[str, Wanted]) -> Measured | None:
+    def _silent(self, prompt: Prompt, wanted: dict[int, Wanted]) -> Measured | None:
         """What is said without looking at the picture; None where it has to be looked at."""
         if not prompt.sources:
             return Measured(status=Status.NOT_APPLICABLE, reason="The prompt has no source picture")
@@ -151,26 +151,26 @@ class FaceIdentity(RewardModel[IdentityOptions]):
             return Measured(status=Status.NOT_APPLICABLE, reason=reason)
         if not all(bool(source.isfinite().all()) for source in self._looked_at(prompt)):
             return Measured(status=Status.FAILED, reason="The source holds values that are not finite")
-        want = wanted[prompt.id]
+        want = wanted[id(prompt)]
         return Measured(status=Status.NOT_APPLICABLE, reason=want.reason) if want.faces is None else None
 
     def _looked_at(self, prompt: Prompt) -> tuple[Tensor, ...]:
         return prompt.sources[:1] if self.options.sources == "first" else prompt.sources
 
-    def _wanted(self, prompts: Sequence[Prompt]) -> dict[str, Wanted]:
-        """What each prompt asks for, by its id; sources that were read before are remembered."""
-        keys: dict[str, list[str]] = {}
+    def _wanted(self, prompts: Sequence[Prompt]) -> dict[int, Wanted]:
+        """What each prompt asks for, by its `id()`: tasks may share names. Sources that were read before are remembered."""
+        keys: dict[int, list[str]] = {}
         unread: dict[str, Tensor] = {}
         for prompt in prompts:
             sources = self._looked_at(prompt)
-            if prompt.id in keys or not self.applies(prompt) or not all(bool(s.isfinite().all()) for s in sources):
+            if id(prompt) in keys or not self.applies(prompt) or not all(bool(s.isfinite().all()) for s in sources):
                 continue
-            keys[prompt.id] = [fingerprint(source) for source in sources]
-            unread.update({key: s for key, s in zip(keys[prompt.id], sources, strict=True) if key not in self._memory})
+            keys[id(prompt)] = [fingerprint(source) for source in sources]
+            unread.update({key: s for key, s in zip(keys[id(prompt)], sources, strict=True) if key not in self._memory})
         assert self._reader is not None
         read = self._reader.read(list(unread.values()), self.options.min_face / 2, recognise=True)
         self._memory.update(zip(unread, read, strict=True))
-        wanted = {name: self._usable([self._memory[key] for key in own]) for name, own in keys.items()}
+        wanted = {row: self._usable([self._memory[key] for key in own]) for row, own in keys.items()}
         for key in [key for own in keys.values() for key in own]:
             self._memory.move_to_end(key)
         while len(self._memory) > REMEMBERED:
