@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from pydantic import ValidationError
 
-from velatura.api import Context, Prompt, Rated, Sample, VelaturaError
+from velatura.api import Context, Prompt, Rated, Sample, Status, VelaturaError
 from velatura.rewards.judge.fresh import Fresh, fresh_model
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pairs import VlmPairsOptions
@@ -23,7 +23,7 @@ SMALL = {"width": 32, "vision_width": 32, "layers": 1, "vision_layers": 1, "patc
 
 
 def made(context: Context, **options: Any) -> Vlm:
-    model = Vlm(VlmOptions.model_validate({"rubric": "alignment", **options}))
+    model = Vlm(VlmOptions.model_validate({"rubric": "alignment", "min_mass": 0.0, **options}))
     model.setup(context)
     return model
 
@@ -75,7 +75,7 @@ def test_what_was_saved_marks_as_the_network_in_training_did(context: Context, t
     train(model, net, rows, 3)
     marks = model.mark(net, [row.sample for row in rows])
     model.save(net, tmp_path / "judge", {"dimension": "alignment"})
-    judge = VlmJudge(VlmJudgeOptions.model_validate({"path": "judge", "min_mass": 0.0}))
+    judge = VlmJudge(VlmJudgeOptions.model_validate({"path": "judge"}))
     judge.setup(context)
     scores = judge.score([row.sample for row in rows])
     torch.testing.assert_close(scores.values, marks.values, rtol=0, atol=1e-5)
@@ -99,7 +99,7 @@ def test_lora_trains_little_and_is_folded_in(context: Context, tmp_path: Path, f
     marks = model.mark(net, [row.sample for row in rows]).values
     assert (marks - start).abs().max() > 1e-3
     model.save(net, tmp_path / "judge", {})
-    judge = VlmJudge(VlmJudgeOptions.model_validate({"path": "judge", "min_mass": 0.0}))
+    judge = VlmJudge(VlmJudgeOptions.model_validate({"path": "judge"}))
     judge.setup(context)
     torch.testing.assert_close(judge.score([row.sample for row in rows]).values, marks, rtol=0, atol=1e-3)
     assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == before
@@ -124,6 +124,16 @@ def test_a_judge_learns_to_write_its_reasons_before_its_score(context: Context) 
     assert all(note.startswith("grey walls\n[score") for note in notes)
     with pytest.raises(VelaturaError, match="'wall 0' has no rationale"):
         model.loss(net, rated())
+
+
+def test_a_judge_that_would_say_something_else_gives_no_mark(context: Context) -> None:
+    """A random network spreads its probability over all tokens; training brings it to the levels."""
+    model = made(context, fresh=SMALL, min_mass=0.5, losses={"cross_entropy": 1})
+    net, rows = model.load(CPU), rated()
+    samples = [row.sample for row in rows]
+    assert model.mark(net, samples).status == (Status.FAILED,) * len(rows)
+    train(model, net, rows, 40)
+    assert model.mark(net, samples).status == (Status.OK,) * len(rows)
 
 
 def test_a_fresh_model_is_a_function_of_its_options() -> None:
@@ -155,7 +165,7 @@ def test_a_folder_without_a_judge_is_said(context: Context) -> None:
 def test_another_length_of_reasoning_than_it_learnt_is_refused(context: Context, tmp_path: Path) -> None:
     model = made(context, fresh=SMALL)
     model.save(model.load(CPU), tmp_path / "judge", {})
-    with pytest.raises(VelaturaError, match="reasoning_tokens is 256, and the judge .* was fitted with 0"):
+    with pytest.raises(VelaturaError, match=r"reasoning_tokens is 256, and the judge .* was fitted with 0"):
         VlmJudge(VlmJudgeOptions(path="judge", reasoning_tokens=256)).setup(context)
 
 

@@ -32,7 +32,7 @@ def stages(**changes: dict) -> dict:
             "stage": "judge-fit", "rated": "rate", "dimension": "looks", "steps": 9, "batch": 6, "micro_batch": 4,
             "validate_every": 2, "checkpoint_every": 3, "keep_checkpoints": 9, "bootstrap": 20,
             "optimizer": {"lr": 3e-3, "warmup": 2, "schedule": "linear"},
-            "judge_model": {"use": "vlm", "with": {"rubric": "aesthetics", "fresh": FRESH}},
+            "judge_model": {"use": "vlm", "with": {"rubric": "aesthetics", "min_mass": 0.0, "fresh": FRESH}},
         },
     }  # fmt: skip
     return {name: {**stage, **changes.get(name, {})} for name, stage in made.items()}

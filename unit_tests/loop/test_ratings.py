@@ -64,7 +64,7 @@ def test_a_wrong_line_is_named_by_its_number(tmp_path, wrong, message):
 
 def test_a_dimension_or_a_file_that_is_not_there_is_answered_with_the_nearest(tmp_path):
     path = write(tmp_path, line())
-    with pytest.raises(VelaturaError, match="no line rates 'look'. Did you mean 'looks'"):
+    with pytest.raises(VelaturaError, match=r"no line rates 'look'. Did you mean 'looks'"):
         RatingFile(path, "look", LEVELS)
     with pytest.raises(VelaturaError, match=r"no ratings file .*Did you mean 'ratings.jsonl'"):
         RatingFile(tmp_path / "rating.jsonl", "looks", LEVELS)
@@ -81,7 +81,7 @@ def jaccard(a: str, b: str) -> float:
 
 def test_near_duplicates_are_those_that_comparing_all_pairs_finds():
     draw = random.Random(4)
-    words = "old house river stone with many small windows near the green garden in winter light".split()
+    words = ("old house", "river", "stone", "with many", "small windows", "near", "the green", "garden", "winter", "light")
     texts = {" ".join(draw.choices(words, k=12)) for _ in range(40)}
     texts |= {text[: -draw.randint(1, 9)] for text in list(texts)}
     known = sorted(texts)

@@ -84,8 +84,8 @@ def _fitted(stage: Stage, facts: Mapping[str, Any]) -> Fitted:
     said = ""
     if {"judge_pairwise", "rater_pairwise"} <= set(own):
         said = (
-            f"With the mean of the other raters, the judge agrees on {own['judge_pairwise']:.1%} of the pairs, the rater "
-            f"who is left out on {own['rater_pairwise']:.1%}."
+            f"With the mean of the other raters, the judge agrees on {own['judge_pairwise']:.1%} of the pairs, the "
+            f"rater who is left out on {own['rater_pairwise']:.1%}."
         )
     return Fitted(stage=stage, dimension=str(facts.get("dimension", "")), lines=lines, ceiling=said)
 

@@ -33,7 +33,9 @@ BEST = "best"
 """The weights that were best on the calibration split."""
 CHOSEN_BY = "calibration/spearman"
 WORST = -1.0
-"""Rank correlation of marks that do not vary, when steps are compared with each other."""
+"""What stands for the rank correlation of marks that do not vary, or are missing, when steps are compared."""
+ENOUGH = 0.99
+"""Share of pictures that a usable judge marks."""
 
 
 def run(stage: StageRun) -> dict[str, Any]:
@@ -151,7 +153,11 @@ def _validated(
     with policy.wearing(weights) as net:
         marks, rows = _marks(stage, model, net, data, splits.calibration)
     found = _agreement(stage, marks, rows, data, splits, "mean", bootstrap=0)
-    values = {CHOSEN_BY: WORST if found.spearman is None else found.spearman}
+    marked = len(rows) / len(splits.calibration)
+    values = {
+        CHOSEN_BY: WORST if found.spearman is None or marked < ENOUGH else found.spearman,
+        "calibration/marked": marked,
+    }
     if found.pairwise is not None:
         values["calibration/pairwise"] = found.pairwise
     return {name: round(value, 6) for name, value in values.items()}
@@ -162,7 +168,10 @@ def measured(stage: StageRun, model: JudgeModel[Any], net: Any, data: RatingFile
     and against the truth where that is known."""
     marks, rows = _marks(stage, model, net, data, splits.test)
     if not rows:
-        raise VelaturaError(f"stage '{stage.name}': the judge gave no mark to any picture of the test split")
+        raise VelaturaError(
+            f"stage '{stage.name}': the judge gives no picture of the test split a mark; it has not learnt to answer "
+            f"with a level yet. Take more steps, or a larger weight of a loss on tokens (cross_entropy, soft)."
+        )
     ratings = [data.lines[row].ratings for row in rows]
     prompts = [prompt_key(data.lines[row]) for row in rows]
     clusters = [splits.clusters[row] for row in rows]

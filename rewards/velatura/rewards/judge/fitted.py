@@ -15,6 +15,8 @@ JUDGE_FILE = "judge.json"
 RUBRIC_FILE = "rubric.yaml"
 FORMAT = 1
 """Of `judge.json`."""
+BROUGHT = ("reasoning_tokens", "max_pixels", "min_mass")
+"""Options of `vlm-judge` that a fitted judge brings along."""
 
 
 def settled(options: VlmJudgeOptions, context: Context) -> VlmJudgeOptions:
@@ -27,14 +29,17 @@ def settled(options: VlmJudgeOptions, context: Context) -> VlmJudgeOptions:
         return options
     folder = context.resolve(options.path)
     facts = judge_facts(folder)
-    own = {"reasoning_tokens": facts["reasoning_tokens"], "max_pixels": facts["max_pixels"]}
+    own = {name: facts[name] for name in ("reasoning_tokens", "max_pixels")}
     odd = [name for name in own if name in options.model_fields_set and getattr(options, name) != own[name]]
     if odd:
         raise VelaturaError(
             f"{odd[0]} is {getattr(options, odd[0])}, and the judge in {folder} was fitted with {own[odd[0]]}. Its "
             f"scores would mean something else: leave the option out."
         )
-    return options.model_copy(update={"path": None, "rubric": str(folder / RUBRIC_FILE), "model": str(folder), **own})
+    brought = {"path": None, "rubric": str(folder / RUBRIC_FILE), "model": str(folder), **own}
+    if "min_mass" not in options.model_fields_set:
+        brought["min_mass"] = facts["min_mass"]
+    return options.model_copy(update=brought)
 
 
 def judge_facts(folder: Path) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def judge_facts(folder: Path) -> dict[str, Any]:
     path = folder / JUDGE_FILE
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {name: facts[name] for name in ("format", "rubric", "weights", "reasoning_tokens", "max_pixels")}
+        wanted = {name: facts[name] for name in ("format", "rubric", "weights", *BROUGHT)}
     except FileNotFoundError as error:
         raise VelaturaError(
             f"there is no fine-tuned judge in {folder}: {JUDGE_FILE} is missing. Name the folder `judge` of a finished "

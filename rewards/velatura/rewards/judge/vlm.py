@@ -45,6 +45,9 @@ class VlmOptions(Options):
         ("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, description="Linear layers that get LoRA weights."
     )
     train_vision: bool = Field(True, description="Train the vision tower, too, where all weights are trained.")
+    min_mass: float = Field(
+        0.5, ge=0, lt=1, description="Least probability of all levels together; below it the judge gives no mark."
+    )
     max_pixels: int | None = Field(
         None, ge=1024, description="Larger pictures are scaled down to this many pixels before the judge sees them."
     )
@@ -143,8 +146,8 @@ class Vlm(JudgeModel[VlmOptions]):
     def mark(self, net: nn.Module, samples: Sequence[Sample]) -> Scores:
         """What `vlm-judge` would give these pictures."""
         options = VlmJudgeOptions(
-            rubric=self.options.rubric, model="-", reasoning_tokens=self.options.reasoning_tokens, min_mass=0.0,
-            max_pixels=self.options.max_pixels, batch_size=max(1, len(samples)),
+            rubric=self.options.rubric, model="-", reasoning_tokens=self.options.reasoning_tokens,
+            min_mass=self.options.min_mass, max_pixels=self.options.max_pixels, batch_size=max(1, len(samples)),
         )  # fmt: skip
         judge = LocalJudge(options, self.rubric, Model(net=unwrap(net), processor=self.processor))
         return as_scores(judge.verdicts([self.rubric.question(s, options.reasoning_tokens) for s in samples]))
@@ -161,7 +164,8 @@ class Vlm(JudgeModel[VlmOptions]):
         facts = {
             "format": 1, "rubric": self.rubric.digest, "rubric_name": self.rubric.name,
             "rubric_version": self.rubric.version, "reasoning_tokens": self.options.reasoning_tokens,
-            "max_pixels": self.options.max_pixels, "losses": self.options.losses.model_dump(),
+            "max_pixels": self.options.max_pixels, "min_mass": self.options.min_mass,
+            "losses": self.options.losses.model_dump(),
             "started_from": self.options.model or "fresh", "weights": weights_digest(folder), **info,
         }  # fmt: skip
         (folder / JUDGE_FILE).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
