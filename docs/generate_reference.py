@@ -14,14 +14,15 @@ from velatura.core.cli import show
 from velatura.core.components import CONTRACTS
 from velatura.core.recipe import SLOTS, STAGE_CLASSES, Recipe
 from velatura.core.registry import ComponentInfo, Registry
-from velatura.core.settings import Breaker, Engine, Golden, Optimizer, Ref, RewardRef, Sampling, Settings
+from velatura.core.settings import Breaker, Engine, Golden, Optimizer, Ref, Sampling, Settings
+from velatura.core.settings_judge import RaterRef
 
 PAGE = Path(__file__).with_name("recipes.md")
 SETTINGS: Mapping[str, type[Settings]] = {
     "engine": Engine, "sampling": Sampling, "optimizer": Optimizer, "breaker": Breaker, "golden": Golden
 }  # fmt: skip
 """Fields that hold settings of their own."""
-LISTS = ("rewards", "guards", "evaluators", "observers")
+LISTS = ("rewards", "guards", "raters", "truth", "evaluators", "observers")
 """Slots that hold several components."""
 
 HEAD = """\
@@ -70,10 +71,11 @@ def lead(cls: type[Any]) -> str:
 def reference_text() -> str:
     """What may stand in a slot."""
     return (
-        "What stands in a slot. A reward has more fields than other components.\n\n"
+        "What stands in a slot. A reward has more fields than other components, and a rater of a rate stage one more than a "
+        "reward: its dimension.\n\n"
         + table(Ref)
         + "\n"
-        + table(RewardRef, leave_out=tuple(Ref.model_fields))
+        + table(RaterRef, leave_out=tuple(Ref.model_fields))
     )
 
 
