@@ -67,6 +67,9 @@ def test_a_policy_is_trained_on_what_a_judge_behind_http_says(tmp_path: Path, ve
         done = velatura("run", recipe(tmp_path, server.address), cwd=tmp_path)
         questions = server.questions
     assert "alignment" in done.stdout + done.stderr
+    unvalidated = "teacher_t2i was trained on 'alignment' (vlm-judge) without a passing reward card"
+    assert unvalidated in " ".join(done.stdout.split())
+    assert unvalidated.replace("'", "&#39;") in (tmp_path / "runs" / "recipe" / "report.html").read_text()
     runs = tmp_path / "runs" / "recipe"
     for task, rubric in (("t2i", "alignment"), ("edit", "edit-instruction")):
         rows = [json.loads(line) for line in (runs / f"teacher_{task}" / "metrics.jsonl").read_text().splitlines()]

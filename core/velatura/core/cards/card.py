@@ -13,7 +13,7 @@ from velatura.core.cards.file import FORMAT
 from velatura.core.cards.identity import digest_of
 from velatura.core.cards.measures import Measuring, Options
 from velatura.core.cards.ratings import Rated
-from velatura.core.cards.scoring import Scoring
+from velatura.core.cards.scoring import Group, Scoring
 from velatura.core.errors import VelaturaError
 from velatura.core.served import Served
 from velatura.core.types import Status
@@ -61,7 +61,7 @@ def make_card(
 def _measured(measuring: Measuring) -> dict[str, Any]:
     """All measures, where there is anything to measure."""
     scoring = measuring.scoring
-    groups = [(pair.first, pair.second) for pair in scoring.rated.pairs]
+    groups: list[Group] = [(pair.first, pair.second) for pair in scoring.rated.pairs]
     groups += [] if groups else [(row,) for row in range(len(scoring.rated.pictures))]
     scoring.scores(groups)
     if not scoring.status[Status.OK]:

@@ -217,7 +217,8 @@ class Measuring:
         rated = self.scoring.rated
         if self.scoring.by_group:
             pairs = [rated.pairs[row] for row in self._rows("test")]
-            return [(pair.first, pair.second) for pair in pairs][:AGAIN]
+            found: list[Group] = [(pair.first, pair.second) for pair in pairs[:AGAIN]]
+            return found
         return spread([(row,) for row in range(len(rated.pictures)) if rated.split_of(row) == "test"], AGAIN)
 
     def _preserved(self, rows: Sequence[int]) -> list[Floats]:
