@@ -16,10 +16,10 @@ from PIL import Image
 
 from velatura.core.check import check_combinations
 from velatura.core.errors import CheckpointError, RecipeError
-from velatura.core.weight_ledger import read_calibration
 from velatura.core.pipeline import plan_run, run_pipeline
 from velatura.core.report import build_report
 from velatura.core.stages import calibrate
+from velatura.core.weight_ledger import read_calibration
 
 RECIPE = """\
 seed: 5

@@ -39,7 +39,7 @@ def test_each_is_a_picture_of_the_same_size_that_is_another_and_the_same_again(n
     made = after(name)
     assert made.shape == IMAGE.shape
     assert made.dtype == torch.float32
-    assert 0 <= made.min() and made.max() <= 1
+    assert made.min() >= 0 and made.max() <= 1
     assert (made - IMAGE).abs().max() > 0.02
     assert torch.equal(made, after(name))
     assert torch.equal(IMAGE, picture(0))  # the picture itself is left alone

@@ -158,7 +158,7 @@ class FaceIdentity(RewardModel[IdentityOptions]):
         return prompt.sources[:1] if self.options.sources == "first" else prompt.sources
 
     def _wanted(self, prompts: Sequence[Prompt]) -> dict[int, Wanted]:
-        """What each prompt asks for, by its `id()`: tasks may share names. Sources that were read before are remembered."""
+        """What each prompt asks for, by its `id()`: tasks may share names. Sources read before are remembered."""
         keys: dict[int, list[str]] = {}
         unread: dict[str, Tensor] = {}
         for prompt in prompts:
