@@ -31,7 +31,6 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
 	$(RUN)/python -m pip install --quiet --editable '.[dev]'
 	$(RUN)/python -m pip install --quiet --no-deps brisque==0.2.0
-	$(RUN)/python -m pip install --quiet --no-deps gan-face-generate==1.1.1
 	@touch $@ $(VENV)/.installed
 
 clean:

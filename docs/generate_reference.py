@@ -71,8 +71,8 @@ def lead(cls: type[Any]) -> str:
 def reference_text() -> str:
     """What may stand in a slot."""
     return (
-        "What stands in a slot. A reward has more fields than other components, and a rater of a rate stage one more than "
-        "a reward: its dimension.\n\n" + table(Ref) + "\n" + table(RaterRef, leave_out=tuple(Ref.model_fields))
+        "What stands in a slot. A reward has more fields than other components, and a rater of a rate stage one more "
+        "than a reward: its dimension.\n\n" + table(Ref) + "\n" + table(RaterRef, leave_out=tuple(Ref.model_fields))
     )
 
 
