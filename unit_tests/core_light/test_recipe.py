@@ -194,7 +194,7 @@ def test_missing_keys(write: Write) -> None:
     assert message(write("stages:\n  a: {stage: export}\n")) == "recipe.yaml:2: stages.a.model: this key is missing"
     assert message(write("stages:\n  a: {model: b}\n")) == (
         "recipe.yaml:2: stages.a: 'stage' is missing; it says of what kind the stage is: "
-        "curate, calibrate, rl, distill, supervised, evaluate, export"
+        "curate, calibrate, rl, distill, supervised, rate, judge-fit, evaluate, export"
     )
 
 
@@ -375,7 +375,7 @@ def test_the_schema_knows_every_kind_of_stage_and_both_forms_of_a_reference() ->
     schema = recipe_schema()
     definitions = schema["$defs"]
     assert set(schema["properties"]["stages"]["additionalProperties"]["discriminator"]["mapping"]) == {
-        "curate", "calibrate", "rl", "distill", "supervised", "evaluate", "export",
+        "curate", "calibrate", "rl", "distill", "supervised", "rate", "judge-fit", "evaluate", "export",
     }  # fmt: skip
     assert definitions["RLStage"]["required"] == ["stage"]  # the rest may come from the top
     assert definitions["DistillStage"]["required"] == ["stage", "teachers"]

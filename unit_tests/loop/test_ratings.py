@@ -81,18 +81,7 @@ def jaccard(a: str, b: str) -> float:
 
 def test_near_duplicates_are_those_that_comparing_all_pairs_finds():
     draw = random.Random(4)
-    words = (
-        "old house",
-        "river",
-        "stone",
-        "with many",
-        "small windows",
-        "near",
-        "the green",
-        "garden",
-        "winter",
-        "light",
-    )
+    words = ("old house", "river", "stone", "with many", "small windows", "near", "the green", "winter", "light")
     texts = {" ".join(draw.choices(words, k=12)) for _ in range(40)}
     texts |= {text[: -draw.randint(1, 9)] for text in list(texts)}
     known = sorted(texts)
