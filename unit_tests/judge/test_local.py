@@ -117,6 +117,16 @@ def test_batches_of_any_size_give_the_same_scores(local: Make) -> None:
     assert [n.split("\n[")[0] for n in one.notes] == [n.split("\n[")[0] for n in all_at_once.notes]
 
 
+def test_tokens_are_counted_without_padding(local: Make) -> None:
+    one, all_at_once, silent = (local(batch_size=1), local(batch_size=3), local(reasoning_tokens=0))
+    for judge in (one, all_at_once, silent):
+        judge.score(samples())
+    assert one.usage() == all_at_once.usage()
+    assert one.usage().prompt > 2 * silent.usage().prompt  # the question is read again, with the reasoning
+    assert 0 < one.usage().completion <= 3 * one.options.reasoning_tokens
+    assert silent.usage().completion == 0
+
+
 def test_little_mass_is_a_failure(local: Make) -> None:
     """A random model gives five of some 260 tokens next to nothing."""
     scores = local(min_mass=0.9).score(samples())
