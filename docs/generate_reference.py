@@ -10,12 +10,14 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from velatura.core.base_settings import Ref, Settings
 from velatura.core.cli import show
-from velatura.core.components import CONTRACTS
+from velatura.core.contracts import CONTRACTS
+from velatura.core.judge_settings import RaterRef
 from velatura.core.recipe import SLOTS, STAGE_CLASSES, Recipe
 from velatura.core.registry import ComponentInfo, Registry
-from velatura.core.settings import Breaker, Engine, Golden, Optimizer, Ref, Sampling, Settings
-from velatura.core.settings_judge import RaterRef
+from velatura.core.reward_settings import Breaker, Golden
+from velatura.core.settings import Engine, Optimizer, Sampling
 
 PAGE = Path(__file__).with_name("recipes.md")
 SETTINGS: Mapping[str, type[Settings]] = {

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PORTIONS = ("core", "plugins", "rewards", "schedulers")
 FILE_LINES, FUNCTION_LINES = 400, 50
 LIGHT = (
-    *("components", "hookspecs", "errors", "explain", "settings", "source", "graph", "recipe"),
-    *("calibrate_settings", "kinds"),
+    *("components", "contracts", "hookspecs", "errors", "explain", "settings", "source", "graph", "recipe"),
+    *("base_settings", "reward_settings", "calibrate_settings", "judge_settings", "kinds"),
     *("registry", "plugin", "describe", "build"),
 )
 

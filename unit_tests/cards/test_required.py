@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import simulated
 
+from velatura.core.base_settings import Ref
 from velatura.core.build import open_registry
 from velatura.core.cards.file import write_card
 from velatura.core.cards.identity import digest_of, identity_of
@@ -23,7 +24,6 @@ from velatura.core.check import check_combinations
 from velatura.core.errors import RecipeError
 from velatura.core.recipe import load_recipe
 from velatura.core.report import build_report
-from velatura.core.settings import Ref
 
 REWARD = {"use": "sim/contrast", "name": "looks", "with": {"noise": 0.1}}
 

@@ -8,7 +8,8 @@ import pytest
 from pydantic import Field, model_validator
 
 from velatura.core.build import build, open_registry, resolve_options
-from velatura.core.components import CONTRACTS, Component, NoOptions, Options, TimestepSampler
+from velatura.core.components import Component, NoOptions, Options, TimestepSampler
+from velatura.core.contracts import CONTRACTS
 from velatura.core.errors import RecipeError, VelaturaError
 from velatura.core.hookspecs import hookimpl
 from velatura.core.recipe import Ref, load_recipe

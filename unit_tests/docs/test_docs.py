@@ -11,7 +11,7 @@ import yaml
 from velatura.core import hookspecs
 from velatura.core.build import open_registry, resolve_options
 from velatura.core.cli import main, program
-from velatura.core.components import CONTRACTS
+from velatura.core.contracts import CONTRACTS
 from velatura.core.recipe import load_recipe
 from velatura.core.registry import Registry
 

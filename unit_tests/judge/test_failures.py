@@ -15,7 +15,7 @@ from chat_server import ChatServer, Question, Raw, completion, expectation, prob
 from velatura.api import Prompt, RewardReport, Sample, Status
 from velatura.core.errors import RewardError
 from velatura.core.judge import Judge, WeightedReward
-from velatura.core.settings import Breaker
+from velatura.core.reward_settings import Breaker
 from velatura.rewards.advantages import GroupZ
 
 Make = Callable[..., Any]

@@ -19,8 +19,8 @@ from velatura.api import NoOptions, Prompt, RewardModel, Sample, Scores, Status,
 from velatura.core.errors import RewardError
 from velatura.core.golden import GoldenSet
 from velatura.core.judge import Judge, WeightedReward
+from velatura.core.reward_settings import Breaker, Golden
 from velatura.core.score_cache import ScoreCache
-from velatura.core.settings import Breaker, Golden
 
 Answer = Callable[[Sequence[Sample]], Scores]
 

@@ -14,7 +14,7 @@ from velatura.core.build import open_registry, resolve_options
 from velatura.core.errors import RecipeError, VelaturaError
 from velatura.core.pipeline import run_pipeline
 from velatura.core.recipe import load_recipe
-from velatura.core.settings import RewardRef
+from velatura.core.reward_settings import RewardRef
 
 FRESH = {"width": 32, "vision_width": 32, "layers": 1, "vision_layers": 1, "patch": 4}
 RATER = {"use": "tinyworld-rater", "dimension": "looks", "with": {"looks_at": "cleanliness"}}

@@ -1,5 +1,6 @@
 """The one import of a plugin author. What is exported here is public; everything else may change."""
 
+from velatura.core.calibrated import Calibration
 from velatura.core.components import (
     AdvantageEstimator,
     ComparesPairs,
@@ -7,7 +8,6 @@ from velatura.core.components import (
     Distiller,
     Evaluator,
     GuidancePolicy,
-    JudgeModel,
     Kernel,
     ModelAdapter,
     NoOptions,
@@ -22,11 +22,11 @@ from velatura.core.components import (
 from velatura.core.errors import VelaturaError
 from velatura.core.events import CheckpointSaved, RolloutDone, RunEnd, RunStart, StepEnd
 from velatura.core.hookspecs import hookimpl
+from velatura.core.judge_model import JudgeModel
 from velatura.core.ratings import Rated
 from velatura.core.types import (
     Admission,
     Advantages,
-    Calibration,
     Conditioning,
     Context,
     Loss,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-from velatura.core.settings import Breaker
+from velatura.core.reward_settings import Breaker
 from velatura.core.types import Status
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from velatura.core.base_settings import Ref
 from velatura.core.components import Component, Options
 from velatura.core.errors import PluginError, RecipeError, VelaturaError, prefixed
 from velatura.core.explain import complaints
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
-from velatura.core.settings import Ref
 
 
 def build(registry: Registry, kind: str, ref: Ref, at: str = "") -> Component[Any]:

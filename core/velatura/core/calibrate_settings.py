@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from velatura.core.base_settings import Count, NotNegative, Positive, Ref, Settings, Share
 from velatura.core.errors import suggest
-from velatura.core.settings import Count, NotNegative, Positive, Ref, RewardRef, Sampling, Settings, Share, group_of
+from velatura.core.reward_settings import RewardRef
+from velatura.core.settings import Sampling, group_of
 
 DEFAULT = "default"
 """Budget of the categories that are not named."""

@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from velatura.core import events
+    from velatura.core.calibrated import Calibration
     from velatura.core.footprint import Footprint
-    from velatura.core.ratings import Rated
     from velatura.core.types import (
         Admission,
         Advantages,
-        Calibration,
         Conditioning,
         Context,
         Loss,
@@ -344,42 +343,6 @@ class Evaluator(Component[O]):
         differences and intervals from them, because only the core knows which model is compared with which."""
 
 
-class JudgeModel(Component[O]):
-    """A judge that can learn from ratings: its network, its question, its loss. Knows nothing of files, splits and
-    optimisers."""
-
-    kind: ClassVar[str] = "judge_model"
-
-    @property
-    @abstractmethod
-    def levels(self) -> Sequence[int]:
-        """The levels that ratings and marks lie on, lowest first, in steps of 1."""
-
-    @abstractmethod
-    def load(self, device: torch.device) -> nn.Module:
-        """The network without dropout, with `requires_grad` set on what is to be trained."""
-
-    @abstractmethod
-    def loss(self, net: nn.Module, rated: Sequence[Rated]) -> Loss:
-        """The mean loss of B rated pictures, in one forward of `net` (which may be an engine's wrapper of it)."""
-
-    @abstractmethod
-    def mark(self, net: nn.Module, samples: Sequence[Sample]) -> Scores:
-        """[B] marks on the levels, as the finished judge would give them; no gradient."""
-
-    @abstractmethod
-    def save(self, net: nn.Module, folder: Path, info: Mapping[str, Any]) -> None:
-        """Write the judge as a reward opens it, with `info` (dimension, splits, figures) beside it."""
-
-    def describe(self) -> Mapping[str, Any]:
-        """Facts for `velatura check`: rubric, and where the weights come from."""
-        return {}
-
-    def fingerprint(self) -> str:
-        """Changes when what `load` starts from does, so that a judge made from something else is fitted again."""
-        return ""
-
-
 class Observer(Component[O]):
     """Trackers and callbacks: one no-op method per event. They watch; they cannot change."""
 
@@ -399,13 +362,3 @@ class Observer(Component[O]):
 
     def run_end(self, event: events.RunEnd) -> None:
         """A stage is over, finished or failed."""
-
-
-CONTRACTS: Mapping[str, type[Component[Any]]] = {
-    contract.kind: contract
-    for contract in (
-        RewardModel, GuidancePolicy, TimestepSampler, PromptFilter, Distiller, ModelAdapter, Task, Kernel,
-        AdvantageEstimator, PolicyObjective, JudgeModel, Evaluator, Observer,
-    )
-}  # fmt: skip
-"""Kind -> contract."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from velatura.core.asking import Asker, joined, scopes
 from velatura.core.errors import RewardError, VelaturaError
 from velatura.core.explain import complaints
-from velatura.core.settings import Golden
+from velatura.core.reward_settings import Golden
 from velatura.core.types import Prompt, Sample, Status
 
 TOLD = 3

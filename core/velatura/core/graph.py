@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from velatura.core.calibrate_settings import CalibrateStage
 from velatura.core.errors import suggest
+from velatura.core.judge_settings import JudgeFitStage
 from velatura.core.kinds import Stage
-from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RewardRef, RLStage
-from velatura.core.settings_judge import JudgeFitStage
+from velatura.core.reward_settings import RewardRef
+from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RLStage
 from velatura.core.source import Location
 
 BASE = "base"

@@ -13,6 +13,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from velatura.core import components as c
+    from velatura.core.judge_model import JudgeModel
 
 PROJECT = "velatura"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -70,7 +71,7 @@ def velatura_distiller() -> Sequence[type[c.Distiller[Any]] | str]:  # type: ign
 
 
 @hookspec
-def velatura_judge_model() -> Sequence[type[c.JudgeModel[Any]] | str]:  # type: ignore[empty-body]
+def velatura_judge_model() -> Sequence[type[JudgeModel[Any]] | str]:  # type: ignore[empty-body]
     """Judge models: judges that learn from ratings."""
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from velatura.core.fingerprint import file_hash, reward_fingerprint, texts
+from velatura.core.judge_settings import JudgeFitStage
 from velatura.core.recipe import content_hash
 from velatura.core.settings import ExportStage
-from velatura.core.settings_judge import JudgeFitStage
 
 if TYPE_CHECKING:
     from velatura.core.pipeline import Plan

@@ -14,8 +14,8 @@ from velatura.core.breaker import CircuitBreaker
 from velatura.core.components import RewardModel
 from velatura.core.errors import RewardError
 from velatura.core.golden import GoldenSet
+from velatura.core.reward_settings import Breaker
 from velatura.core.score_cache import ScoreCache
-from velatura.core.settings import Breaker
 from velatura.core.types import Prompt, RewardReport, Sample, Scores, Status
 
 WINDOW = 200

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from velatura.core.calibrate_settings import CalibrateStage
+from velatura.core.judge_settings import JudgeFitStage, RateStage
 from velatura.core.settings import (
     CurateStage,
     DistillStage,
@@ -15,7 +16,6 @@ from velatura.core.settings import (
     RLStage,
     SupervisedStage,
 )
-from velatura.core.settings_judge import JudgeFitStage, RateStage
 
 Stage = Annotated[
     CurateStage

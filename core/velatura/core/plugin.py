@@ -16,7 +16,8 @@ from typing import Any
 import pluggy
 
 from velatura.core import hookspecs
-from velatura.core.components import CONTRACTS, Component
+from velatura.core.components import Component
+from velatura.core.contracts import CONTRACTS
 from velatura.core.errors import PluginError, cause, suggest
 
 HOOK = "velatura_"

@@ -14,10 +14,13 @@ from typing import Any, get_args
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from velatura.core import graph
+from velatura.core.base_settings import Ref, Settings, Whole
 from velatura.core.calibrate_settings import CalibrateStage, mismatches
 from velatura.core.errors import RecipeError, prefixed, suggest
 from velatura.core.explain import complaints, keys
+from velatura.core.judge_settings import JudgeFitStage, RateStage
 from velatura.core.kinds import Stage
+from velatura.core.reward_settings import RewardRef
 from velatura.core.settings import (
     CurateStage,
     DistillStage,
@@ -25,15 +28,10 @@ from velatura.core.settings import (
     EvaluateStage,
     ExportStage,
     Optimizer,
-    Ref,
-    RewardRef,
     RLStage,
     Sampling,
-    Settings,
     SupervisedStage,
-    Whole,
 )
-from velatura.core.settings_judge import JudgeFitStage, RateStage
 from velatura.core.source import Location, Source, assign, parse_override, read
 
 __all__ = [

@@ -10,7 +10,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Self
 
-from velatura.core.components import CONTRACTS, Component
+from velatura.core.components import Component
+from velatura.core.contracts import CONTRACTS
 from velatura.core.describe import summary_of
 from velatura.core.errors import PluginError, RecipeError, prefixed, suggest
 from velatura.core.plugin import Offer, Origin, import_file, load, new_manager, offers

@@ -3,126 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, field_validator, model_validator
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-"""At least one of something; `true` and 2.5 are not counts."""
-Whole = Annotated[int, Field(strict=True, ge=0)]
-Real = Annotated[float, Field(strict=True)]
-Positive = Annotated[float, Field(strict=True, gt=0)]
-NotNegative = Annotated[float, Field(strict=True, ge=0)]
-Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-"""A part of a whole, 0 to 1."""
-Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
-"""What is left of a running mean after a step; at 1 it would never move."""
-
-
-JUDGE = "judge"
-"""Folder of a judge-fit stage in which its judge is."""
-
-
-class Settings(BaseModel):
-    """A frozen part of a recipe, in which an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class Ref(Settings):
-    """Names a component and sets its options: `{use: nft, with: {beta: 1.0}}`, or only `nft`."""
-
-    use: str = Field(min_length=1, description="Name of the component; of a plugin 'acme' it is 'acme/name'.")
-    with_: dict[str, Any] = Field(default_factory=dict, alias="with", description="Options of the component.")
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The options as they are checked before anything runs."""
-        return self.with_
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        """`nft` is `{use: nft}`; `with:` followed by nothing sets nothing."""
-        if isinstance(value, str):
-            return {"use": value}
-        if isinstance(value, dict) and "with" in value and value["with"] is None:
-            return {**value, "with": {}}
-        return value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """For editors: both forms."""
-        return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(handler(schema))]}
-
-
-class Breaker(Settings):
-    """When a reward that keeps failing is left alone, and for how long."""
-
-    after: Count = Field(32, description="Failures in a row after which the reward is not asked.")
-    cool_down: Positive = Field(30.0, description="Seconds until one picture is tried again.")
-
-
-class Golden(Settings):
-    """Pictures whose scores are known, by which a judge is checked at the start and now and then."""
-
-    file: str = Field(description="JSONL file beside the recipe, a picture a line; docs/rewards.md has its keys.")
-    every: Count = Field(50, description="Steps (of a curate stage: batches of prompts) between two checks.")
-    allowed: Share = Field(0.0, description="Largest share of the expectations that may be wrong.")
-    max_drift: NotNegative | None = Field(
-        None, description="Largest change of a picture's score since the check at the start; null allows any."
-    )
-
-
-class RewardRef(Ref):
-    """Names a reward and says how much it counts, and how it is looked after."""
-
-    weight: NotNegative = Field(1.0, description="How much it counts in the composite and in the advantage.")
-    weight_by_category: dict[str, NotNegative] = Field(
-        default_factory=dict, description="Weight for prompts of a category, in place of `weight`."
-    )
-    name: str | None = Field(None, min_length=1, description="What reports call it; the component's name by default.")
-    card: str | None = Field(
-        None,
-        min_length=1,
-        exclude=True,  # nothing that a stage makes depends on it
-        description="Its reward card: the folder or the file, seen from the recipe. See `velatura reward-card`.",
-    )
-    cache: bool | None = Field(
-        None, description="Whether scores are kept in the run folder and used again; null: judges' are, others' not."
-    )
-    threads: Count | None = Field(None, description="CPU threads of its own; null takes as many as the run has.")
-    breaker: Breaker = Field(Breaker(), description="When it is left alone because it keeps failing.")
-    golden: Golden | None = Field(None, description="Checks the reward on pictures whose scores are known.")
-    judge: str | None = Field(
-        None, description="A judge-fit stage: the reward asks the judge that it made, its option `path`."
-    )
-
-    @model_validator(mode="after")
-    def _asks_one_judge(self) -> RewardRef:
-        if self.judge is not None and "path" in self.with_:
-            raise ValueError(f"'judge' is stage {self.judge!r}, and 'path' names a judge, too. Leave one of them out")
-        return self
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Options, and where in the run folder the judge of the stage is."""
-        return self.with_ if self.judge is None else {**self.with_, "path": f"{self.judge}/{JUDGE}"}
-
-    def opened(self, run_folder: Path) -> RewardRef:
-        """The same with the path of the judge in a run."""
-        if self.judge is None:
-            return self
-        path = str((run_folder / self.judge / JUDGE).absolute())
-        return self.model_copy(update={"judge": None, "with_": {**self.with_, "path": path}})
-
-    @property
-    def label(self) -> str:
-        """What reports call it."""
-        return self.name or self.use
+from velatura.core.base_settings import Count, Decay, NotNegative, Positive, Real, Ref, Settings, Share, Whole
+from velatura.core.reward_settings import RewardRef
 
 
 class Engine(Settings):

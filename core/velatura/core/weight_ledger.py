@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from velatura.core.calibrated import Calibration
 from velatura.core.calibration import Statistics
 from velatura.core.checkpoint import write_json_atomic
 from velatura.core.errors import CheckpointError, RecipeError
-from velatura.core.types import Calibration, Prompt
+from velatura.core.types import Prompt
 from velatura.core.weighing import Weighed
 
 RESULT, LEDGER = "calibration.json", "weight_ledger.parquet"

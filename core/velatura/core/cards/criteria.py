@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from velatura.core.settings import NotNegative, Settings, Share, Whole
+from velatura.core.base_settings import NotNegative, Settings, Share, Whole
 
 Outcome = Literal["passed", "failed", "not measured", "not applicable"]
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from velatura.core.base_settings import Ref
 from velatura.core.build import build
 from velatura.core.components import RewardModel
 from velatura.core.fingerprint import file_hash
 from velatura.core.recipe import content_hash
 from velatura.core.registry import Registry
-from velatura.core.settings import Ref
 
 READ = 2**20
 """Bytes of a file in a model folder up to which its content counts; of larger ones the name and the size."""

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from velatura.core.base_settings import Settings
 from velatura.core.errors import VelaturaError, suggest
 from velatura.core.explain import complaints
-from velatura.core.settings import Settings
 
 Choice = Literal["a", "b", "tie"]
 SIDE: Mapping[str, float] = {"a": 1.0, "b": -1.0, "tie": 0.0}

@@ -13,7 +13,8 @@ from velatura.core.components import RewardModel
 from velatura.core.errors import RecipeError
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
-from velatura.core.settings import RewardRef, RLStage
+from velatura.core.reward_settings import RewardRef
+from velatura.core.settings import RLStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

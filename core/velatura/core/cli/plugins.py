@@ -30,7 +30,7 @@ def add(name: str, verbs: Verbs) -> None:
 
 def _registry(arguments: argparse.Namespace) -> Registry:
     """What is installed, and the files named."""
-    from velatura.core.components import CONTRACTS
+    from velatura.core.contracts import CONTRACTS
     from velatura.core.errors import VelaturaError, suggest
     from velatura.core.registry import Registry
 
@@ -64,7 +64,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from velatura.core.cli.show import show
-    from velatura.core.components import CONTRACTS
+    from velatura.core.contracts import CONTRACTS
     from velatura.core.errors import VelaturaError, suggest
 
     registry = _registry(arguments)

@@ -136,13 +136,7 @@ def _measure_all(stage: StageRun, judges: Sequence[Judge], prompts: Sequence[Pro
     """All blocks, groups numbered through."""
     config, adapter = stage.config, stage.adapter()
     policy = stage.load_policy(adapter, config.model)
-    sampler = Sampler(
-        adapter=adapter,
-        guidance=stage.build("guidance", config.guidance, "guidance"),
-        kernel=stage.build("kernel", config.kernel, "kernel"),
-        steps=config.sampling.steps,
-        batch=config.sampling.batch,
-    )
+    sampler = stage.sampler(adapter)
     blocks = max(1, config.sampling.batch // config.group_size)
     firsts = range(0, len(prompts), blocks)
     parts = []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from velatura.core.build import build
 from velatura.core.checkpoint import write_text_atomic
-from velatura.core.components import Component, ModelAdapter, Observer, RewardModel, Task
+from velatura.core.components import Component, GuidancePolicy, ModelAdapter, Observer, RewardModel, Task
 from velatura.core.engine import EngineConfig
 from velatura.core.errors import CheckpointError, RecipeError
 from velatura.core.fingerprint import reward_fingerprint
@@ -29,6 +29,7 @@ from velatura.core.policy import Policy
 from velatura.core.ranks import Ranks, threads_of_process
 from velatura.core.recipe import Recipe, Ref, RewardRef
 from velatura.core.registry import Registry
+from velatura.core.rollout import Sampler
 from velatura.core.score_cache import FILE as SCORES
 from velatura.core.score_cache import ScoreCache
 from velatura.core.types import Context, Prompt
@@ -84,6 +85,14 @@ class StageRun:
         """The adapter of this stage."""
         adapter: ModelAdapter[Any] = self.build("adapter", self.config.adapter, "adapter")
         return adapter
+
+    def sampler(self, adapter: ModelAdapter[Any], guidance: GuidancePolicy[Any] | None = None) -> Sampler:
+        """How this stage samples; under its own guidance, unless another is given."""
+        return Sampler(
+            adapter=adapter, guidance=guidance or self.build("guidance", self.config.guidance, "guidance"),
+            kernel=self.build("kernel", self.config.kernel, "kernel"), steps=self.config.sampling.steps,
+            batch=self.config.sampling.batch,
+        )  # fmt: skip
 
     def task_of(self, stage: str) -> Task[Any]:
         """The task that a stage (this one or another) takes its prompts from."""

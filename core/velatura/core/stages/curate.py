@@ -37,13 +37,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     config = stage.config
     adapter = stage.adapter()
     policy = stage.load_policy(adapter, config.model)
-    sampler = Sampler(
-        adapter=adapter,
-        guidance=stage.build("guidance", config.guidance, "guidance"),
-        kernel=stage.build("kernel", config.kernel, "kernel"),
-        steps=config.sampling.steps,
-        batch=config.sampling.batch,
-    )
+    sampler = stage.sampler(adapter)
     prompt_filter = stage.build("prompt_filter", config.prompt_filter, "prompt_filter")
     prompts, before = _to_screen(stage)
     screening = Screening(stage=stage, policy=policy, sampler=sampler, prompt_filter=prompt_filter)

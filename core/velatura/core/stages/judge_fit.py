@@ -17,13 +17,13 @@ from loguru import logger
 from velatura.core.agreement import Agreement, Floats, agreement, ceiling
 from velatura.core.checkpoint import write_json_atomic
 from velatura.core.clusters import Splits, split_lines
-from velatura.core.components import JudgeModel
 from velatura.core.data import EpochSampler
 from velatura.core.errors import RecipeError, VelaturaError
+from velatura.core.judge_model import JudgeModel
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.ratings import RatingFile, prompt_key
+from velatura.core.reward_settings import JUDGE
 from velatura.core.seeds import derive
-from velatura.core.settings import JUDGE
 from velatura.core.stages.common import StageRun, Stopwatch, read_log
 from velatura.core.stages.rate import RATINGS
 from velatura.core.stages.training import Training

@@ -30,13 +30,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     config = stage.config
     adapter = stage.adapter()
     policy = stage.load_policy(adapter, config.model)
-    sampler = Sampler(
-        adapter=adapter,
-        guidance=stage.build("guidance", config.guidance, "guidance"),
-        kernel=stage.build("kernel", config.kernel, "kernel"),
-        steps=config.sampling.steps,
-        batch=config.sampling.batch,
-    )
+    sampler = stage.sampler(adapter)
     train = stage.task_of(stage.name).prompts("train")
     count = min(len(train), config.max_prompts or len(train))
     prompts = [train[i] for i in range(count)]

@@ -270,13 +270,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         objective=objective,
         encoder=Encoder(training.adapter, training.engine.device),
     )
-    sampler = Sampler(
-        adapter=training.adapter,
-        guidance=learner.guidance,
-        kernel=stage.build("kernel", config.kernel, "kernel"),
-        steps=config.sampling.steps,
-        batch=config.sampling.batch,
-    )
+    sampler = stage.sampler(training.adapter, learner.guidance)
     prompts = training_prompts(stage)
     stage.ranks.require(config.prompts_per_step, stage.at("prompts_per_step"))
     advantage = calibrated_advantage(stage, prompts)

@@ -48,12 +48,13 @@ def judge_fingerprint(judge: RewardModel[Any], context: Context) -> str:
 
 def dimension_of(options: VlmJudgeOptions) -> str:
     """The name of a shipped rubric; what a rubric of the user's own judges is not known."""
-    return "custom" if is_file_name(options.rubric) else options.rubric
+    return "custom" if options.path is not None or is_file_name(options.rubric) else options.rubric
 
 
 def identity_of(options: VlmJudgeOptions) -> dict[str, str]:
-    """The content of a shipped rubric; that of a file is told by the file."""
-    return {} if is_file_name(options.rubric) else {"rubric content": rubric_of(options).digest}
+    """The content of a shipped rubric; that of a file, or of a judge's folder, is told by the file."""
+    known = options.path is not None or is_file_name(options.rubric)
+    return {} if known else {"rubric content": rubric_of(options).digest}
 
 
 def opened(options: VlmJudgeOptions, rubric: Rubric, context: Context, first: Question) -> Backend:

@@ -6,18 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from velatura.core.settings import (
-    Count,
-    Optimizer,
-    Positive,
-    Ref,
-    RewardRef,
-    Sampling,
-    Settings,
-    Share,
-    Whole,
-    leaves_warmup,
-)
+from velatura.core.base_settings import Count, Positive, Ref, Settings, Share, Whole
+from velatura.core.reward_settings import RewardRef
+from velatura.core.settings import Optimizer, Sampling, leaves_warmup
 
 
 class RaterRef(RewardRef):
