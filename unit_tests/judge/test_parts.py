@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import chat_server as serving
@@ -96,3 +97,15 @@ def test_a_rubric_that_is_not_for_the_prompt_is_left_out(serve: Make, parts: Mak
 def test_options_that_make_no_judge(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         options(**given)
+
+
+def test_what_a_card_and_a_cache_know_it_by_has_every_rubric() -> None:
+    """Two parts with other rubrics are another reward, and the content of shipped rubrics counts."""
+    one, other = (
+        VlmParts(options(parts=[{"rubric": "alignment"}, {"rubric": rubric}])) for rubric in ("portrait", "aesthetics")
+    )
+    context = Context(device=torch.device("cpu"), cache=Path(), seed=0, base=Path())
+    assert one.needs_card()
+    assert sorted(one.identity()) == ["part 1, rubric content", "part 2, rubric content"]
+    assert one.identity() != other.identity()
+    assert one.fingerprint(context) != other.fingerprint(context)

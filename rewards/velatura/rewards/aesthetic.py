@@ -85,6 +85,14 @@ class Aesthetic(RewardModel[AestheticOptions]):
         pictures = opened(self.name, transformers.AutoImageProcessor, name, context, "preprocessing", backend="pil")
         return encoder.to(self.options.place(context)).requires_grad_(False).train(False), pictures
 
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
+
+    def dimension(self) -> str:
+        """Taste."""
+        return "aesthetics"
+
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[B], about 1 to 10; any prompt, as it is not read. Higher is better."""
         return scored(samples, self.options.batch, self._judge)

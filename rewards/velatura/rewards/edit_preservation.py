@@ -101,6 +101,10 @@ class EditPreservation(RewardModel[EditPreservationOptions]):
         self._backbone = Backbone(self.name, options.path, options.size, place, context)
         self._context = context
 
+    def dimension(self) -> str:
+        """What should stay."""
+        return "preservation"
+
     def applies(self, prompt: Prompt) -> bool:
         """Edits."""
         return len(prompt.sources) > self.options.source

@@ -79,6 +79,14 @@ class ImageReward(RewardModel[ImageRewardOptions]):
         judge = Judge(self.name, path, json.loads(sizes.read_text()), tokenizer, options.precision)
         self._network = judge.to(options.place(context))
 
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
+
+    def dimension(self) -> str:
+        """What was asked for, and taste."""
+        return "alignment"
+
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""
         return not prompt.sources

@@ -69,6 +69,14 @@ class HpsV2(RewardModel[HpsV2Options]):
         named = weights if "visual_projection.weight" in weights else to_transformers(weights)
         return filled(self.name, path, CLIPModel, config, named)
 
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
+
+    def dimension(self) -> str:
+        """Taste, more than what was asked for."""
+        return "aesthetics"
+
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""
         return not prompt.sources
@@ -119,6 +127,14 @@ class SiglipScore(RewardModel[SiglipScoreOptions]):
                 f"'{self.name}': {options.path!r} is no SigLIP, it has no logit bias. 'clip-score' takes any CLIP."
             )
         self._encoder = encoder
+
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
+
+    def dimension(self) -> str:
+        """What is there."""
+        return "alignment"
 
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""

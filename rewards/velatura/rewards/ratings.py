@@ -75,6 +75,14 @@ class HpsV3(RewardModel[HpsV3Options]):
         path = weights_file(self.name, options.path, options.file, options.revision, context)
         self._judge = RewardToken(self.name, path, options.base, ("rm_head.",), options, context)
 
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
+
+    def dimension(self) -> str:
+        """Taste, more than what was asked for."""
+        return "aesthetics"
+
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""
         return not prompt.sources
@@ -145,6 +153,14 @@ class EditReward(RewardModel[EditRewardOptions]):
         }
         path = weights_file(self.name, options.path, options.file, options.revision, context)
         self._judge = RewardToken(self.name, path, options.base, tuple(heads.values()), options, context)
+
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
+
+    def dimension(self) -> str:
+        """Whether the edit was made."""
+        return "edit-instruction"
 
     def applies(self, prompt: Prompt) -> bool:
         """Edits."""

@@ -87,6 +87,14 @@ class UnifiedReward(RewardModel[UnifiedRewardOptions]):
             self._question = question_in(self.name, context, self.options.prompt_file)
         self._chat = opened_chat(self.name, self.options, context)
 
+    def needs_card(self) -> bool:
+        """An opinion."""
+        return True
+
+    def dimension(self) -> str:
+        """What was asked for."""
+        return "alignment"
+
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""
         return not prompt.sources
@@ -157,6 +165,14 @@ class EditScore(RewardModel[EditScoreOptions]):
         first, second = (text.replace("10", str(HIGHEST)) for text in (followed, natural))
         self._questions = ("\n".join([head, rule, first]), "\n".join([head, second]))
         self._chat = opened_chat(self.name, self.options, context)
+
+    def needs_card(self) -> bool:
+        """An opinion."""
+        return True
+
+    def dimension(self) -> str:
+        """Whether the edit was made."""
+        return "edit-instruction"
 
     def applies(self, prompt: Prompt) -> bool:
         """Edits."""
@@ -251,6 +267,14 @@ class QJudger(RewardModel[QJudgerOptions]):
         self._lists = tuple(lists)
         self._asked("", self.options.dimensions[0], lists[0])
         self._chat = opened_chat(self.name, self.options, context)
+
+    def needs_card(self) -> bool:
+        """An opinion."""
+        return True
+
+    def dimension(self) -> str:
+        """What its question asks about."""
+        return "quality"
 
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""

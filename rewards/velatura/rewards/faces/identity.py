@@ -105,6 +105,10 @@ class FaceIdentity(RewardModel[IdentityOptions]):
         if full >= none:
             raise VelaturaError(f"'{self.name}': `full` ({full:g}) is not below `none` ({none:g}): set both.")
 
+    def dimension(self) -> str:
+        """Whether it is still the same person."""
+        return "identity"
+
     def applies(self, prompt: Prompt) -> bool:
         """Edits whose instruction leaves faces recognisable."""
         return bool(prompt.sources) and not self._excused(prompt)

@@ -72,6 +72,10 @@ class PortraitChecks(RewardModel[PortraitOptions]):
         if self.options.brisque:
             self._quality = Regression.read(folder_of_parameters())
 
+    def dimension(self) -> str:
+        """Whether there are faces, whole and sharp."""
+        return "portrait"
+
     def applies(self, prompt: Prompt) -> bool:
         """Text-to-image prompts of the categories, and those that say how many faces they want."""
         asked = asked_for(prompt, self.options.field)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from velatura.api import Context, Options, Prompt, RewardModel, Sample, Scores, Status
+from velatura.api import Context, Options, Prompt, RewardModel, Sample, Scores, Status, Usage
+from velatura.core.fingerprint import options_fingerprint
 from velatura.rewards.composition import geometric, soft_minimum
-from velatura.rewards.judge.options import VlmJudgeOptions
+from velatura.rewards.judge.options import OPERATIONAL, VlmJudgeOptions
 from velatura.rewards.judge.reward import VlmJudge
 
 
@@ -61,6 +62,8 @@ class VlmParts(RewardModel[VlmPartsOptions]):
     """
 
     name = "vlm-parts"
+    cached = True
+    operational = OPERATIONAL
 
     @cached_property
     def _judges(self) -> list[VlmJudge]:
@@ -70,6 +73,27 @@ class VlmParts(RewardModel[VlmPartsOptions]):
         """Set up the judge of each part; a model in this process is loaded once for all."""
         for judge in self._judges:
             judge.setup(context)
+
+    def needs_card(self) -> bool:
+        """An opinion."""
+        return True
+
+    def dimension(self) -> str:
+        """What its rubrics judge together."""
+        return "custom"
+
+    def identity(self) -> Mapping[str, str]:
+        """The content of shipped rubrics."""
+        own = [(number, judge.identity()) for number, judge in enumerate(self._judges, start=1)]
+        return {f"part {number}, {name}": value for number, found in own for name, value in found.items()}
+
+    def fingerprint(self, context: Context) -> str:
+        """Changes with what its parts depend on."""
+        return "-".join([options_fingerprint(self, context), *(judge.fingerprint(context) for judge in self._judges)])
+
+    def usage(self) -> Usage | None:
+        """Tokens of all parts."""
+        return sum((used for judge in self._judges if (used := judge.usage()) is not None), Usage())
 
     def applies(self, prompt: Prompt) -> bool:
         """Where one of the parts does."""
