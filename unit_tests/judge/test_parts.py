@@ -91,7 +91,7 @@ def test_a_rubric_that_is_not_for_the_prompt_is_left_out(serve: Make, parts: Mak
         ({"parts": [{"rubric": "alignment"}]}, "at least 2 items"),
         ({"judge": {"model": "m", "rubric": "alignment"}}, "rubric belongs to the parts"),
         ({"judge": {"model": "m", "sever": "http://x"}}, "judge.sever: Extra inputs"),
-        ({"judge": {}}, "judge.model: Field required"),
+        ({"judge": {}}, "judge: Value error, model missing: give both"),
     ],
 )
 def test_options_that_make_no_judge(given: dict[str, Any], words: str) -> None:
