@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except VelaturaError as error:
         if rank() > 0:  # what all processes find wrong the first one says, and then the launcher ends this one
-            time.sleep(3)
+            time.sleep(10)
         print(f"velatura: {error}", file=sys.stderr)
         return USER_ERROR
     except FileNotFoundError as error:
