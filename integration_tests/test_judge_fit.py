@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 RECIPE = Path(__file__).with_name("recipes") / "tiny-judge.yaml"
+RUBRIC = Path(__file__).parents[1] / "recipes" / "rubrics" / "tinyworld-cleanliness.yaml"
 Run = Callable[..., Any]
 
 
@@ -20,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, velatura: Run) -> Path:
     """A folder with the recipe and its finished run."""
     folder = tmp_path_factory.mktemp("judge")
     shutil.copy(RECIPE, folder)
+    shutil.copy(RUBRIC, folder / "cleanliness.yaml")
     velatura("run", RECIPE.name, cwd=folder)
     return folder
 

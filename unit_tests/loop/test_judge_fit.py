@@ -81,7 +81,7 @@ def test_the_judge_says_what_it_was_fitted_to_and_how_it_did(finished: Path) -> 
     assert figures["judge_and_truth"]["pictures"] == figures["pictures"] > 0
     assert figures["one_rater_and_truth"]["spearman"] > 0.2  # noise of half a level
     log = [json.loads(text) for text in (fit / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] + 1 for row in log if "calibration/spearman" in row] == [2, 4, 6, 8, 9]
+    assert [row["step"] + 1 for row in log if "calibration/quality" in row] == [2, 4, 6, 8, 9]
 
 
 def test_a_run_that_was_cut_off_ends_in_the_same_bits(finished: Path, tmp_path: Path) -> None:
@@ -103,6 +103,16 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bits(finished: Path, tmp_path: 
     assert json.loads((fit / "validation.json").read_text()) == json.loads(
         (finished / "run" / "fit" / "validation.json").read_text()
     )
+
+
+def test_a_step_that_marks_more_pictures_is_better_than_one_that_marks_fewer(finished: Path, tmp_path: Path) -> None:
+    """A minimum that a network this young cannot reach: no step is usable, and the share that it marks decides."""
+    with pytest.raises(VelaturaError, match="has not learnt to answer with a level yet"):
+        run_pipeline(finished / "recipe.yaml", [
+            f"output={tmp_path / 'run'}", "stages.fit.judge_model.with.min_mass=0.9", "stages.fit.steps=4",
+        ])  # fmt: skip
+    log = (tmp_path / "run" / "fit" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(text).get("calibration/quality") for text in log] == [None, -2.0, None, -2.0]
 
 
 def test_deepspeed_learns_what_plain_torch_learns(finished: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def _charts(series: Mapping[str, list[Point]]) -> tuple[list[Chart], list[Chart]
     wanted = [
         ("Reward, composite", matching(r"reward/(composite)")),
         ("Rewards, each by itself", matching(r"reward/(.+)/mean")),
-        ("Agreement with the ratings, calibration split", matching(r"calibration/(.+)")),
+        ("Agreement with the ratings, calibration split", matching(r"calibration/(spearman|pairwise|marked)")),
         ("Gold metrics, never trained on", matching(r"gold/(.+?)(?:/mean)?")),
         ("Distance to the teachers on fixed held-out states", matching(r"probe/(.+)")),
         ("Loss", matching(r"(loss)")),

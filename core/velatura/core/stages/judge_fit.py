@@ -31,9 +31,8 @@ from velatura.core.types import Status
 
 BEST = "best"
 """The weights that were best on the calibration split."""
-CHOSEN_BY = "calibration/spearman"
-WORST = -1.0
-"""What stands for the rank correlation of marks that do not vary, or are missing, when steps are compared."""
+CHOSEN_BY = "calibration/quality"
+"""Rank correlation with the ratings; of a judge that leaves pictures unmarked, -2 and the share that it marks."""
 ENOUGH = 0.99
 """Share of pictures that a usable judge marks."""
 
@@ -143,7 +142,7 @@ def _best_before(stage: StageRun, start: int) -> float:
     """The best measurement that a run which is resumed has seen."""
     rows = read_log(stage.folder / "metrics.jsonl")
     seen = [row[CHOSEN_BY] for row in rows if CHOSEN_BY in row and row["step"] < start]
-    return max(seen, default=-2.0)
+    return max(seen, default=-3.0)
 
 
 def _validated(
@@ -154,12 +153,13 @@ def _validated(
         marks, rows = _marks(stage, model, net, data, splits.calibration)
     found = _agreement(stage, marks, rows, data, splits, "mean", bootstrap=0)
     marked = len(rows) / len(splits.calibration)
-    values = {
-        CHOSEN_BY: WORST if found.spearman is None or marked < ENOUGH else found.spearman,
-        "calibration/marked": marked,
+    usable = found.spearman if marked >= ENOUGH else None
+    values = {CHOSEN_BY: marked - 2 if usable is None else usable, "calibration/marked": marked}
+    values |= {
+        f"calibration/{name}": value
+        for name, value in (("spearman", found.spearman), ("pairwise", found.pairwise))
+        if value is not None
     }
-    if found.pairwise is not None:
-        values["calibration/pairwise"] = found.pairwise
     return {name: round(value, 6) for name, value in values.items()}
 
 
