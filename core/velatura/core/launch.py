@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from velatura.core.errors import VelaturaError
 
+LAUNCHER = ("torch.distributed.elastic", "torch.distributed.launcher")
+
 
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run `velatura ARGUMENTS` in `processes` processes and return the exit status of the first that failed, or 0.
@@ -56,7 +58,8 @@ def _quietly() -> Iterator[None]:
     """The launcher reports failures with tracebacks of its own; the processes say themselves what is wrong."""
     import logging
 
-    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.distributed.launcher")]
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(LAUNCHER)]  # each has its own level
+    loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for logger in loggers:

@@ -5,4 +5,4 @@ from __future__ import annotations
 from velatura.core.cli.program import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(launched=True))

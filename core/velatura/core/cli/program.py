@@ -44,9 +44,12 @@ VERBS = {
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     """Do what the command line says. 0: done; 1: done, and what was measured does not pass; 2: the user can mend it,
-    one message says how; 130: Ctrl-C."""
+    one message says how; 130: Ctrl-C.
+
+    `launched`: one of several processes; who started them says that they were interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Before torch is loaded. Threads that spin long while they wait take the cores from those they wait for as soon as
     # the machine does anything else: two threads beside one busy process were thirty times slower than one.
@@ -65,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"velatura: there is no file {str(error.filename or error)!r}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("velatura: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        if not launched:
+            print("velatura: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `velatura plugins list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
