@@ -5,6 +5,7 @@ This module imports no torch, so that names, options and documentation can be re
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -183,7 +184,18 @@ class Kernel(Component[O]):
 
     @abstractmethod
     def step(self, v: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Transition:
-        """Mean and std of x_{t_next} given x_t [B ...], velocity [B ...] and times []; std 0 is the ODE."""
+        """Mean and std of x_{t_next} given x_t [B ...], velocity [B ...] and times, [] or shaped to broadcast against
+        x; std 0 is the ODE. A step on which the plan draws no noise is the Euler step of the ODE instead."""
+
+    def log_prob(self, x: Tensor, transition: Transition) -> Tensor:
+        """[B] log-density of x [B ...] under a transition, the *mean* over latent dimensions; NaN where std is 0.
+
+        -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2. The mean is the convention of the field: the ratio of
+        two policies is the geometric mean over dimensions, and clip ranges of 1e-5 to 1e-3 are small only if it is so.
+        """
+        error = (x - transition.mean) / transition.std
+        density = -error.square() / 2 - transition.std.log() - math.log(2 * math.pi) / 2
+        return density.flatten(1).mean(1)
 
 
 class TimestepSampler(Component[O]):

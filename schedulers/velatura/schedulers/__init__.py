@@ -8,7 +8,12 @@ from velatura.core.hookspecs import hookimpl
 @hookimpl
 def velatura_kernel() -> Sequence[str]:
     """One step of the sampler."""
-    return ["ode = velatura.schedulers.kernels:Ode"]
+    return [
+        "cps = velatura.schedulers.stochastic:Cps",
+        "dance-sde = velatura.schedulers.stochastic:DanceSde",
+        "flow-sde = velatura.schedulers.stochastic:FlowSde",
+        "ode = velatura.schedulers.kernels:Ode",
+    ]
 
 
 @hookimpl
