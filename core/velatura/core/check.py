@@ -22,6 +22,7 @@ from velatura.core.memory import CPU, PHASES, MemoryPlan
 from velatura.core.placement import Placement, advice, readable
 from velatura.core.recipe import Recipe, Ref
 from velatura.core.registry import Registry
+from velatura.core.step_checks import check_noise, check_timesteps
 from velatura.core.types import Context, Role
 
 LOOK = 512
@@ -44,6 +45,8 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
     for name in recipe.order():
         stage = recipe.stage(name)
         _check_optimizer(recipe, name, stage)
+        if stage.stage in ("rl", "distill"):
+            check_timesteps(recipe, registry, name, stage)
         if stage.stage == "rl":
             _check_rl(recipe, registry, name, stage)
             warnings += check_cards(recipe, registry, name)
@@ -72,7 +75,6 @@ def _check_optimizer(recipe: Recipe, name: str, stage: Any) -> None:
 
 
 def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
-    at = recipe.at(("stages", name))
     place = recipe.at(("stages", name, "objective"))
     objective: PolicyObjective[Any] = build(registry, "objective", stage.objective, place)  # type: ignore[assignment]
     if not objective.requires.advantage or Role.TEACHER in objective.roles():
@@ -80,12 +82,7 @@ def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None
             f"{place}: objective '{objective.name}' {_not_for_rewards(objective)}, so it does not go into a stage of "
             f"kind rl. Use one that learns from rewards, such as 'nft'."
         )
-    kernel = registry.get("kernel", stage.kernel.use, recipe.at(("stages", name, "kernel")))
-    if objective.requires.stochastic_steps and not getattr(kernel, "stochastic", False):
-        raise RecipeError(
-            f"{at}: objective '{objective.name}' needs stochastic steps, but kernel '{kernel.name}' has none. Choose "
-            f"a stochastic kernel, or an objective that re-noises finished samples, such as 'nft'."
-        )
+    check_noise(recipe, registry, name, stage, objective)
     if stage.weights_from is None and not any(
         ref.weight > 0 or any(w > 0 for w in ref.weight_by_category.values()) for ref in stage.rewards
     ):

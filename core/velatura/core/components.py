@@ -207,6 +207,15 @@ class TimestepSampler(Component[O]):
     def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
         """A plan for the grid t [T], 1 down to 0. The same generator state gives the same plan on every rank."""
 
+    def plan_at(self, step: int, t: Tensor, generator: torch.Generator) -> StepPlan:
+        """The plan of step `step` of the loop, for samplers that move along; `plan`, for all others."""
+        return self.plan(t, generator)
+
+    def complaint(self, steps: int) -> str:
+        """What is wrong with these options for a solver of `steps` steps, empty when nothing is. Asked before anything
+        runs."""
+        return ""
+
 
 class AdvantageEstimator(Component[O]):
     """From scores to how much better than its group each sample is."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from velatura.core.components import Kernel
 from velatura.core.seeds import generator
 from velatura.core.types import Points, Prompt
 
@@ -77,10 +79,9 @@ def pieces(groups: Sequence[Group], points_per_sample: int, limit: int) -> Itera
 def idle(batch: MicroBatch) -> MicroBatch:
     """The first point of a batch, weighing nothing: a rank that has run out of work still takes part in a backward."""
     row = int(batch.rows[0])
-    first = {
-        field.name: value[:1] for field in fields(Points) if (value := getattr(batch.points, field.name)) is not None
-    }
-    points = Points(**first | {"weight": torch.zeros_like(first["weight"])})
+    given = {field.name: getattr(batch.points, field.name) for field in fields(Points)}
+    first = {name: value[:1] for name, value in given.items() if isinstance(value, Tensor)}
+    points = replace(batch.points, **first | {"weight": torch.zeros_like(first["weight"])})
     return replace(batch, prompts=(batch.prompts[row],), rows=torch.zeros_like(batch.rows[:1]), points=points)
 
 
@@ -137,8 +138,11 @@ def trajectory_points(
     train: Tensor,
     step_weight: Tensor,
     total: int,
+    kernel: Kernel[Any] | None = None,
+    log_prob: Tensor | None = None,
 ) -> MicroBatch:
-    """Points on visited states: `trajectory` [T B ...]; N = samples x M points, sample-major."""
+    """Points on visited states: `trajectory` [T B ...]; N = samples x M points, sample-major. `kernel` drew the steps,
+    `log_prob` [K B] is how likely they were."""
     device = trajectory.device
     samples = torch.tensor([b for group in groups for b in group.samples], device=device)
     rows = torch.tensor([row for row, group in enumerate(groups) for _ in group.samples], device=device)
@@ -156,6 +160,8 @@ def trajectory_points(
             weight=step_weight.to(device)[k] / total,
             x_next=trajectory[k + 1, at],
             t_next=times[k + 1],
+            kernel=kernel,
+            log_prob=None if log_prob is None else log_prob[k, at],
             group=rows.repeat_interleave(count),
         ),
     )

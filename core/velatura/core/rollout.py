@@ -45,6 +45,8 @@ class Chunk:
     """[T B' ...] when it was asked for."""
     network_rows: int
     """Rows that went through the transformer, branches counted singly."""
+    log_prob: Tensor | None = None
+    """[K B'] with the trajectory of a kernel that draws: likelihood of each step, NaN where nothing was drawn."""
 
 
 def by_layout(
@@ -115,16 +117,17 @@ def _integrate(
     times = adapter.times(sampler.steps, prompts[0])
     x = adapter.noise([prompts[row] for row in rows.tolist()], seeds).to(next(net.parameters()).device)
     times, rows_on = times.to(x.device), rows.to(x.device)
-    states, network_rows = [x], 0
+    states, likelihoods, network_rows = [x], [], 0
     for k in range(sampler.steps):
         t = times[k].expand(len(x))
         v, used = guided_velocity(
             net, adapter, sampler.guidance, x, t, cond, null, rows_on, role=sampler.role, limit=sampler.batch
         )
         network_rows += used
-        x = _advance(sampler.kernel, v, x, times[k], times[k + 1], k, seeds, plan)
+        x, log_prob = _advance(sampler.kernel, v, x, times[k], times[k + 1], k, seeds, plan)
         if keep_trajectory:
             states.append(x)
+            likelihoods.append(log_prob)
     images = adapter.decode(x, prompts[0]).cpu()
     samples = tuple(
         Sample(prompt=prompts[row], image=image, seed=seed, group=offset[row])
@@ -135,6 +138,7 @@ def _integrate(
         samples=samples,
         latents=x,
         trajectory=torch.stack(states) if keep_trajectory else None,
+        log_prob=torch.stack(likelihoods) if keep_trajectory and sampler.kernel.stochastic else None,
         network_rows=network_rows,
     )
 
@@ -148,13 +152,17 @@ def _advance(
     k: int,
     seeds: Sequence[int],
     plan: StepPlan | None,
-) -> Tensor:
-    """x at t_next; noise of a stochastic step comes from the sample's own stream."""
+) -> tuple[Tensor, Tensor]:
+    """x at t_next, and the log-likelihood [B] of having drawn it: NaN where nothing was. Noise of a stochastic step
+    comes from the sample's own stream; a step of a stochastic kernel that is to draw none is the ODE's."""
+    drawn = kernel.stochastic and plan is not None and bool(plan.stochastic[k])
+    if not drawn:
+        mean = x + (t_next - t) * v if kernel.stochastic else kernel.step(v, x, t, t_next).mean
+        return mean, x.new_full((len(x),), torch.nan)
     transition = kernel.step(v, x, t, t_next)
-    if plan is None or not bool(plan.stochastic[k]):
-        return transition.mean
     noise = torch.stack([torch.randn(x.shape[1:], generator=generator(seed, "kernel", k)) for seed in seeds])
-    return transition.mean + transition.std * noise.to(x)
+    x_next = transition.mean + transition.std * noise.to(x)
+    return x_next, kernel.log_prob(x_next, transition)
 
 
 def guided_velocity(

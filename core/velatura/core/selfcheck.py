@@ -25,7 +25,7 @@ def self_check(learner: Learner, batch: MicroBatch) -> None:
     1. Ratio 1: old policy and current policy give the same velocity, without gradient, as in rollouts, and with it, as
        in the update.
     2. Reference equals policy, where the run starts at the reference.
-    3. Zero advantage gives zero policy gradient.
+    3. Zero advantage gives zero policy gradient, for objectives that contrast samples.
 
     Raises:
         SelfCheckError: with what was compared, and by how much it differs.
@@ -33,7 +33,7 @@ def self_check(learner: Learner, batch: MicroBatch) -> None:
     if not learner.policy.parameters:
         raise SelfCheckError("the adapter marked no parameter as trainable, so there is nothing to learn")
     _check_roles(learner, batch)
-    if learner.objective.requires.advantage:
+    if learner.objective.requires.advantage and learner.objective.requires.contrast:
         _check_zero_advantage(learner, batch)
 
 

@@ -89,6 +89,9 @@ def group_of(value: int, why: str) -> int:
     return value
 
 
+StepWeightName = Literal["uniform", "t", "dt", "dt2", "inv-dt", "sigma-sqrt-dt", "kl"]
+
+
 class CurateStage(Settings):
     """Finds the prompts worth learning from: those on which a model's own samples differ in quality."""
 
@@ -133,6 +136,16 @@ class RLStage(Settings):
     guidance: Ref = Ref(use="rollout-only")
     kernel: Ref = Ref(use="ode")
     timesteps: Ref = Ref(use="high-noise")
+    step_weight: StepWeightName = Field(
+        "uniform",
+        description="Weight of a trained step in the loss, its mean over them 1: of the time t, of the step size dt, or "
+        "of a kernel that draws noise, its standard deviation (`sigma-sqrt-dt`) or the factor of its KL (`kl`).",
+    )
+    allow_biased_ratio: Annotated[bool, Field(strict=True)] = Field(
+        False,
+        description="Let an objective with a likelihood ratio learn from rollouts under another guidance than its own. "
+        "The first ratio is still 1, but it says nothing of the policy that drew the samples.",
+    )
     rewards: list[RewardRef] = Field(min_length=1)
     weights_from: str | None = Field(
         None, description="The calibrate stage that finds the weights of the rewards, in place of those written here."

@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from velatura.core.errors import VelaturaError
+
+if TYPE_CHECKING:
+    from velatura.core.components import Kernel
 
 
 class Status(IntEnum):
@@ -147,14 +150,16 @@ class StepPlan:
     train: Tensor
     """[M] int64, sorted, distinct indices of steps in 0..K-1; step k starts at grid time t[k]."""
     stochastic: Tensor
-    """[K] bool: steps that draw noise."""
+    """[K] bool: steps that draw noise, where the kernel has any; the others are Euler steps of the ODE."""
     weight: Tensor
     """[K] fp32: weight of a step in the loss."""
 
     @classmethod
-    def training(cls, train: Tensor, *, steps: int) -> Self:
-        """Train on the steps named, draw noise on none, weigh all alike."""
-        return cls(train=train, stochastic=torch.zeros(steps, dtype=torch.bool), weight=torch.ones(steps))
+    def training(cls, train: Tensor, *, steps: int, noise: Literal["none", "trained", "all"] = "none") -> Self:
+        """Train on the steps named, draw noise on those of `noise`, weigh all alike."""
+        stochastic = torch.full((steps,), noise == "all")
+        stochastic[train] = noise != "none"
+        return cls(train=train, stochastic=stochastic, weight=torch.ones(steps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +221,9 @@ class RolloutPart:
     plan: StepPlan
     trajectory: Tensor | None = None
     """[T b ...] all visited states; kept only when an objective asks for it."""
+    log_prob: Tensor | None = None
+    """[K b] likelihood of each step when it was drawn, NaN where nothing was; with the trajectory of a kernel that
+    draws."""
 
     @property
     def stop(self) -> int:
@@ -328,6 +336,10 @@ class Points:
     """[N ...] the next visited state, for trajectory points."""
     t_next: Tensor | None = None
     """[N]."""
+    kernel: Kernel[Any] | None = None
+    """What drew x_next, for trajectory points."""
+    log_prob: Tensor | None = None
+    """[N] log-likelihood of x_next when it was drawn; NaN where nothing was."""
     group: Tensor | None = None
     """[N] int64: row of the prompt."""
 
@@ -345,7 +357,9 @@ class Requirements:
     advantage: bool = True
     """Needs rewards."""
     stochastic_steps: bool = False
-    """Needs a kernel that draws noise."""
+    """Needs a kernel that draws noise, and is trained only on steps that did."""
+    contrast: bool = True
+    """A sample as good as its group gives no gradient; the self-check holds the objective to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

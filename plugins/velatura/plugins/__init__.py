@@ -47,7 +47,10 @@ def velatura_objective() -> Sequence[str]:
     """Losses in velocities."""
     return [
         "awm = velatura.plugins.objectives.awm:AWM",
+        "flow-grpo = velatura.plugins.objectives.flow_grpo:FlowGRPO",
+        "grpo-guard = velatura.plugins.objectives.grpo_guard:GRPOGuard",
         "nft = velatura.plugins.objectives.nft:NFT",
+        "rwr = velatura.plugins.objectives.rwr:RWR",
         "sft = velatura.plugins.objectives.sft:SFT",
     ]
 

@@ -54,7 +54,8 @@ class FlowSde(Kernel[FlowSdeOptions]):
 
     mu = x (1 + g dt) + v (1 + g (1 - t)) dt with g = sigma_t^2 / (2 t),   std = sigma_t sqrt(-dt),
     sigma_t = a sqrt(t / (1 - t)), so that g = a^2 / (2 (1 - t)). At t = 1, where sigma has its pole, 1 - t is
-    that of the end of the step, as in the released code. std > 0 on every step; the last one leaves noise in the picture.
+    that of the end of the step, as in the released code. std > 0 on every step, so the last one leaves noise in the
+    picture.
     """
 
     name = "flow-sde"
@@ -88,9 +89,9 @@ class Cps(Kernel[CpsOptions]):
 
     To s = t_next: mu = (1 - s) x_0-estimate + sqrt(s^2 - sigma^2) x_1-estimate,   std = sigma = s sin(eta pi / 2),
     x_0-estimate = x - t v, x_1-estimate = x + (1 - t) v. The signal keeps its coefficient 1 - s and the noise its
-    variance s^2 where v is that of one picture, so that pictures are as clean as those of the ODE; it does not keep the
-    marginals of the flow where v is a mean over several, and the loss of spread grows with the number of steps. The step
-    to s = 0 draws nothing and has no likelihood.
+    variance s^2 where v is that of one picture, so that pictures are as clean as those of the ODE. Where v is a mean over
+    several it does not keep the marginals of the flow, and loses more spread the more steps there are. The step to s = 0
+    draws nothing and has no likelihood.
     """
 
     name = "cps"

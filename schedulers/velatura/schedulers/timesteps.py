@@ -6,6 +6,8 @@ a subset near t = 1 decides what is in the picture (Qwen-Image-2.0-RL, arXiv:260
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -13,13 +15,22 @@ from torch import Tensor
 from velatura.api import Options, StepPlan, TimestepSampler, VelaturaError
 
 
-class AllOptions(Options):
+class NoiseOptions(Options):
+    """Options of every sampler."""
+
+    noise: Literal["trained", "all"] = Field(
+        "trained",
+        description="With a kernel that draws noise: on which steps; the others follow the ODE. `ode` never draws any.",
+    )
+
+
+class AllOptions(NoiseOptions):
     """Options of `all`."""
 
     drop_first: bool = Field(False, description="Leave out step 0, which starts at t = 1 exactly, from pure noise.")
 
 
-class UniformOptions(Options):
+class UniformOptions(NoiseOptions):
     """Options of `uniform`."""
 
     count: int = Field(6, ge=1, description="How many steps to train on; all there are when the grid has fewer.")
@@ -34,13 +45,14 @@ class HighNoiseOptions(UniformOptions):
 
 
 class All(TimestepSampler[AllOptions]):
-    """Every step of the grid; draws nothing."""
+    """Every step of the grid."""
 
     name = "all"
 
     def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
         """Steps 0..K-1 of the grid t [K + 1]."""
-        return StepPlan.training(_candidates(t, self.options.drop_first, floor=0.0), steps=len(t) - 1)
+        train = _candidates(t, self.options.drop_first, floor=0.0)
+        return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
 
 
 class Uniform(TimestepSampler[UniformOptions]):
@@ -52,7 +64,7 @@ class Uniform(TimestepSampler[UniformOptions]):
         """`count` of the steps of the grid t [K + 1]."""
         steps = _candidates(t, self.options.drop_first, floor=0.0)
         train = _draw(steps, torch.zeros(len(steps), dtype=torch.float64), self.options.count, generator)
-        return StepPlan.training(train, steps=len(t) - 1)
+        return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
 
 
 class HighNoise(TimestepSampler[HighNoiseOptions]):
@@ -68,7 +80,8 @@ class HighNoise(TimestepSampler[HighNoiseOptions]):
         """`count` of the steps of the grid t [K + 1], mostly noisy ones."""
         steps = _candidates(t, self.options.drop_first, self.options.floor)
         log_weight = self.options.power * t.detach().cpu().double()[steps].log()
-        return StepPlan.training(_draw(steps, log_weight, self.options.count, generator), steps=len(t) - 1)
+        train = _draw(steps, log_weight, self.options.count, generator)
+        return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
 
 
 def _candidates(t: Tensor, drop_first: bool, floor: float) -> Tensor:

@@ -95,7 +95,7 @@ class Loop:
             own = [prompts[number] for number in numbers]
             seeds = [[derive(self.stage.seed, "student", index, route, prompt.id)] for prompt in own]
             times = self.sampler.adapter.times(self.sampler.steps, own[0])
-            plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index, route))
+            plan = self.timesteps.plan_at(index, times, generator(self.stage.seed, "plan", index, route))
             with self.learner.policy.wearing(CURRENT) as net:
                 chunks = list(
                     rollout(net, self.sampler, own, seeds, plan, keep_trajectory=True, encoder=self.learner.encoder)

@@ -26,6 +26,7 @@ from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_
 from velatura.core.stages.reward_metrics import counted_in, failure_metrics
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
+from velatura.core.steps import weighted, with_likelihood
 from velatura.core.training_ledger import FILE as PROMPTS
 from velatura.core.training_ledger import TrainingLedger, admission_metrics
 from velatura.core.types import (
@@ -36,6 +37,7 @@ from velatura.core.types import (
     Rollout,
     RolloutPart,
     Sample,
+    StepPlan,
     group_rows,
 )
 from velatura.core.weight_ledger import read_calibration, require_calibrated
@@ -108,7 +110,7 @@ class Loop:
             chunks = []
             own = prompts[first : first + count]
             times = self.sampler.adapter.times(self.sampler.steps, own[0])
-            plan = self.timesteps.plan(times, generator(self.stage.seed, "plan", index))
+            plan = self._plan(index, times)
             with self.learner.policy.wearing(SET_OF[self.learner.objective.requires.rollout_role]) as net:
                 for chunk in rollout(net, self.sampler, own, self._seeds(index, own), plan,
                                      keep_trajectory=self._trajectories, encoder=self.learner.encoder):  # fmt: skip
@@ -117,15 +119,22 @@ class Loop:
                     chunks.append(chunk)
                     samples += judged
                     network_rows += chunk.network_rows
-            kept = [chunk.trajectory for chunk in chunks if chunk.trajectory is not None]
             parts.append(RolloutPart(
                 start=parts[-1].stop if parts else 0, latents=torch.cat([chunk.latents for chunk in chunks]),
-                times=times, plan=plan, trajectory=torch.cat(kept, dim=1) if kept else None,
+                times=times, plan=plan, trajectory=_side_by_side([chunk.trajectory for chunk in chunks]),
+                log_prob=_side_by_side([chunk.log_prob for chunk in chunks]),
             ))  # fmt: skip
             first += count
         group = torch.tensor([sample.group for sample in samples])
         made = Rollout(prompts=tuple(prompts), samples=tuple(samples), group=group, parts=tuple(parts))
         return made, network_rows
+
+    def _plan(self, index: int, times: Tensor) -> StepPlan:
+        """Which steps draw noise and which are trained, the same on every rank."""
+        plan = self.timesteps.plan_at(index, times, generator(self.stage.seed, "plan", index))
+        if self.learner.objective.requires.stochastic_steps:
+            plan = with_likelihood(plan, self.sampler.kernel, times)
+        return weighted(plan, self.stage.config.step_weight, self.sampler.kernel, times)
 
     @property
     def _trajectories(self) -> bool:
@@ -178,9 +187,16 @@ class Loop:
                     ))  # fmt: skip
                 else:
                     batches.append(trajectory_points(
-                        piece, part.trajectory, known, part.times, train, part.plan.weight, total
+                        piece, part.trajectory, known, part.times, train, part.plan.weight, total,
+                        self.sampler.kernel, part.log_prob,
                     ))  # fmt: skip
         return batches
+
+
+def _side_by_side(kept: Sequence[Tensor | None]) -> Tensor | None:
+    """[T b ...] of all chunks, where they kept something."""
+    found = [tensor for tensor in kept if tensor is not None]
+    return torch.cat(found, dim=1) if found else None
 
 
 def groups_of(part: RolloutPart, groups: Sequence[Group]) -> list[Group]:
