@@ -14,9 +14,15 @@ from velatura.core.types import Role
 
 
 def guidance_scale(registry: Registry, ref: Ref, role: Role, at: str = "") -> float:
-    """The scale of a role under a guidance policy, half way through."""
+    """The scale of a role under a guidance policy."""
     guidance: GuidancePolicy[Any] = build(registry, "guidance", ref, at)  # type: ignore[assignment]
-    return float(guidance.scale(role, torch.tensor([0.5])))
+    return strongest_scale(guidance, role)
+
+
+def strongest_scale(guidance: GuidancePolicy[Any], role: Role) -> float:
+    """The scale of a role where it guides most: of one that guides for a part of the time, the scale of that part."""
+    scales = guidance.scale(role, torch.linspace(0, 1, 101))
+    return float(scales[(scales - 1).abs().argmax()])
 
 
 def folded_scale(recipe: Recipe, registry: Registry, model: str) -> float:

@@ -138,13 +138,13 @@ class RLStage(Settings):
     timesteps: Ref = Ref(use="high-noise")
     step_weight: StepWeightName = Field(
         "uniform",
-        description="Weight of a trained step in the loss, its mean over them 1: of the time t, of the step size dt, or "
-        "of a kernel that draws noise, its standard deviation (`sigma-sqrt-dt`) or the factor of its KL (`kl`).",
+        description="Weight of a trained step in the loss, its mean over them 1: of the time t, of the step size dt, "
+        "or of a kernel that draws noise, its standard deviation (`sigma-sqrt-dt`) or the factor of its KL (`kl`).",
     )
     allow_biased_ratio: Annotated[bool, Field(strict=True)] = Field(
         False,
-        description="Let an objective with a likelihood ratio learn from rollouts under another guidance than its own. "
-        "The first ratio is still 1, but it says nothing of the policy that drew the samples.",
+        description="Let an objective with a likelihood ratio learn from rollouts under another guidance than its "
+        "own. The first ratio is still 1, but says nothing of the policy that drew the samples.",
     )
     rewards: list[RewardRef] = Field(min_length=1)
     weights_from: str | None = Field(

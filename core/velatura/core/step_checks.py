@@ -65,7 +65,7 @@ def _check_ratio(recipe: Recipe, registry: Registry, name: str, stage: Any, obje
         return
     raise RecipeError(
         f"{place}: guidance '{guidance.name}' draws samples under another guidance than it trains under, so the "
-        f"likelihood ratio of objective '{objective.name}' would not be that of the policy that drew them. Use guidance "
-        f"'both' or 'none', or an objective without a ratio, such as 'nft'; or set allow_biased_ratio: true, which "
-        f"compares the conditional policies and logs how far off they are (rollout_gap)."
+        f"likelihood ratio of objective '{objective.name}' would not be that of the policy that drew them. Use "
+        f"guidance 'both' or 'none', or an objective without a ratio, such as 'nft'; or set allow_biased_ratio: true, "
+        f"which compares the conditional policies and logs how far off they are (rollout_gap)."
     )

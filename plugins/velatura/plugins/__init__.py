@@ -36,6 +36,8 @@ def velatura_guidance() -> Sequence[str]:
     """Where the unconditional branch enters."""
     return [
         "both = velatura.plugins.guidance.policies:Both",
+        "detached-uncond = velatura.plugins.guidance.policies:DetachedUncond",
+        "interval = velatura.plugins.guidance.policies:Interval",
         "none = velatura.plugins.guidance.policies:NoGuidance",
         "rollout-only = velatura.plugins.guidance.policies:RolloutOnly",
         "teacher-only = velatura.plugins.guidance.policies:TeacherOnly",

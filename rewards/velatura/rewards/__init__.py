@@ -59,7 +59,11 @@ def velatura_advantage() -> Sequence[str]:
 @hookimpl
 def velatura_prompt_filter() -> Sequence[str]:
     """Which prompts are worth learning from."""
-    return ["range = velatura.rewards.filters:Range"]
+    return [
+        "difficulty-band = velatura.rewards.difficulty:DifficultyBand",
+        "range = velatura.rewards.filters:Range",
+        "zero-variance = velatura.rewards.difficulty:ZeroVariance",
+    ]
 
 
 @hookimpl

@@ -21,6 +21,9 @@ def velatura_timesteps() -> Sequence[str]:
     """Which steps are trained, which draw noise."""
     return [
         "all = velatura.schedulers.timesteps:All",
+        "beta = velatura.schedulers.densities:Beta",
         "high-noise = velatura.schedulers.timesteps:HighNoise",
+        "logit-normal = velatura.schedulers.densities:LogitNormal",
         "uniform = velatura.schedulers.timesteps:Uniform",
+        "window = velatura.schedulers.window:Window",
     ]

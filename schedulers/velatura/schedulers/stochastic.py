@@ -89,9 +89,9 @@ class Cps(Kernel[CpsOptions]):
 
     To s = t_next: mu = (1 - s) x_0-estimate + sqrt(s^2 - sigma^2) x_1-estimate,   std = sigma = s sin(eta pi / 2),
     x_0-estimate = x - t v, x_1-estimate = x + (1 - t) v. The signal keeps its coefficient 1 - s and the noise its
-    variance s^2 where v is that of one picture, so that pictures are as clean as those of the ODE. Where v is a mean over
-    several it does not keep the marginals of the flow, and loses more spread the more steps there are. The step to s = 0
-    draws nothing and has no likelihood.
+    variance s^2 where v is that of one picture, so that pictures are as clean as those of the ODE. Where v is a mean
+    over several it does not keep the marginals of the flow, and loses more spread the more steps there are. The step
+    to s = 0 draws nothing and has no likelihood.
     """
 
     name = "cps"

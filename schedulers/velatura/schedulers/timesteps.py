@@ -16,7 +16,7 @@ from velatura.api import Options, StepPlan, TimestepSampler, VelaturaError
 
 
 class NoiseOptions(Options):
-    """Options of every sampler."""
+    """Options of every sampler of steps."""
 
     noise: Literal["trained", "all"] = Field(
         "trained",
@@ -51,7 +51,7 @@ class All(TimestepSampler[AllOptions]):
 
     def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
         """Steps 0..K-1 of the grid t [K + 1]."""
-        train = _candidates(t, self.options.drop_first, floor=0.0)
+        train = candidates(t, self.options.drop_first, floor=0.0)
         return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
 
 
@@ -62,8 +62,8 @@ class Uniform(TimestepSampler[UniformOptions]):
 
     def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
         """`count` of the steps of the grid t [K + 1]."""
-        steps = _candidates(t, self.options.drop_first, floor=0.0)
-        train = _draw(steps, torch.zeros(len(steps), dtype=torch.float64), self.options.count, generator)
+        steps = candidates(t, self.options.drop_first, floor=0.0)
+        train = draw(steps, torch.zeros(len(steps), dtype=torch.float64), self.options.count, generator)
         return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
 
 
@@ -78,13 +78,13 @@ class HighNoise(TimestepSampler[HighNoiseOptions]):
 
     def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
         """`count` of the steps of the grid t [K + 1], mostly noisy ones."""
-        steps = _candidates(t, self.options.drop_first, self.options.floor)
+        steps = candidates(t, self.options.drop_first, self.options.floor)
         log_weight = self.options.power * t.detach().cpu().double()[steps].log()
-        train = _draw(steps, log_weight, self.options.count, generator)
+        train = draw(steps, log_weight, self.options.count, generator)
         return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
 
 
-def _candidates(t: Tensor, drop_first: bool, floor: float) -> Tensor:
+def candidates(t: Tensor, drop_first: bool, floor: float) -> Tensor:
     """Sorted indices [C] of the steps that may be trained on."""
     start = t.detach().cpu()[:-1]
     allowed = (start > 0) & (start >= floor)
@@ -99,7 +99,7 @@ def _candidates(t: Tensor, drop_first: bool, floor: float) -> Tensor:
     return steps
 
 
-def _draw(steps: Tensor, log_weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw(steps: Tensor, log_weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` of `steps` [C] without replacement, in proportion to exp(log_weight) [C]; sorted.
 
     An exponential race in logarithms: the smallest E_k / w_k win, E_k ~ Exp(1). Unlike `torch.multinomial` it takes

@@ -19,6 +19,7 @@ from velatura.core.components import Distiller, Task, TimestepSampler
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
 from velatura.core.errors import RecipeError
+from velatura.core.folding import strongest_scale
 from velatura.core.learner import Learner, Tally
 from velatura.core.points import Group, MicroBatch, pieces, trajectory_points
 from velatura.core.policy import CURRENT
@@ -183,7 +184,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         for showcase in loop.showcases:
             showcase.draw(0)
     training.loop(loop.step, lambda m: f"distance to the teachers {m['loss']:.4f}")
-    folded = float(guidance.scale(Role.TEACHER, torch.tensor([0.5])))
+    folded = strongest_scale(guidance, Role.TEACHER)
     return training.finish() | {
         "guidance_scale": 1.0, "folded": folded != 1, "folded_scale": folded, "teachers": dict(config.teachers),
     }  # fmt: skip

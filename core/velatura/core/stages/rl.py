@@ -14,6 +14,7 @@ from velatura.core.components import AdvantageEstimator, PromptFilter, TimestepS
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
 from velatura.core.events import RolloutDone
+from velatura.core.folding import strongest_scale
 from velatura.core.gathered import whole_report
 from velatura.core.judge import Judge
 from velatura.core.learner import SET_OF, Learner, Tally, sets_for
@@ -310,7 +311,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         if training.start == 0:
             loop.showcase.draw(0)
         training.loop(loop.step, _note)
-    scale = float(learner.guidance.scale(Role.ROLLOUT, torch.tensor([0.5])))
+    scale = strongest_scale(learner.guidance, Role.ROLLOUT)
     return training.finish() | {"guidance_scale": scale} | training.lineage() | {
         "failures": failures(stage), "failures_by_category": counted_in(read_log(stage.folder / "metrics.jsonl"))
     }  # fmt: skip

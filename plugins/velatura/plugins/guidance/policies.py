@@ -3,18 +3,23 @@
 v^w = v(null) + w (v(cond) - v(null)) (Ho & Salimans, arXiv:2207.12598). A scale of exactly 1 is the conditional
 velocity alone; the null branch is then not evaluated.
 
-| policy         | ROLLOUT | CURRENT, OLD, REFERENCE | TEACHER |
-|----------------|---------|-------------------------|---------|
-| `none`         | 1       | 1                       | 1       |
-| `both`         | w       | w                       | w       |
-| `rollout-only` | w       | 1                       | 1       |
-| `teacher-only` | 1       | 1                       | w       |
+| policy            | ROLLOUT | CURRENT, OLD, REFERENCE | TEACHER |
+|-------------------|---------|-------------------------|---------|
+| `none`            | 1       | 1                       | 1       |
+| `both`            | w       | w                       | w       |
+| `detached-uncond` | w       | w                       | w       |
+| `rollout-only`    | w       | 1                       | 1       |
+| `teacher-only`    | 1       | 1                       | w       |
+
+`interval` is one of `both`, `rollout-only` and `teacher-only` for a part of the time, and `none` outside of it.
 """
 
 from __future__ import annotations
 
+from typing import Literal, Self
+
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from velatura.api import GuidancePolicy, NoOptions, Options, Role
@@ -24,6 +29,22 @@ class ScaleOptions(Options):
     """Options of every policy that guides something."""
 
     scale: float = Field(4.0, ge=0, description="Guidance scale w of the guided roles; 1 guides nothing.")
+
+
+class IntervalOptions(ScaleOptions):
+    """Options of `interval`."""
+
+    low: float = Field(0.1, ge=0, le=1, description="Least time that is guided.")
+    high: float = Field(0.8, ge=0, le=1, description="Largest time that is guided.")
+    roles: Literal["both", "rollout-only", "teacher-only"] = Field(
+        "rollout-only", description="Whose velocities are guided, as under the policy of this name."
+    )
+
+    @model_validator(mode="after")
+    def _has_times(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low:g} is above high {self.high:g}: no time would be guided")
+        return self
 
 
 class NoGuidance(GuidancePolicy[NoOptions]):
@@ -76,3 +97,39 @@ class TeacherOnly(GuidancePolicy[ScaleOptions]):
     def scale(self, role: Role, t: Tensor) -> Tensor:
         """w [N] for TEACHER, 1 for all others."""
         return torch.full_like(t, self.options.scale if role is Role.TEACHER else 1.0)
+
+
+class DetachedUncond(GuidancePolicy[ScaleOptions]):
+    """Every role guided, but only the conditional branch learns.
+
+    The velocities are those of `both`; the gradient of the unconditional branch is dropped, so dv^w is w dv(cond) and
+    the null prompt is not trained on purpose (earlier code of Flow-GRPO, arXiv:2505.05470). What the branches share,
+    with one network, still moves both.
+    """
+
+    name = "detached-uncond"
+    detach_null = True
+
+    def scale(self, role: Role, t: Tensor) -> Tensor:
+        """w [N] for all roles."""
+        return torch.full_like(t, self.options.scale)
+
+
+class Interval(GuidancePolicy[IntervalOptions]):
+    """Guidance for a part of the time: w where low <= t <= high, else 1 (Kynkaanniemi et al., arXiv:2404.07724).
+
+    Guiding pure noise costs variety and guiding the last steps does little; each step outside the interval costs one
+    network row instead of two. The source's interval is in noise levels of another parametrisation: the defaults are
+    ours. What an exported model says of its guidance is the scale, not the interval.
+    """
+
+    name = "interval"
+
+    def scale(self, role: Role, t: Tensor) -> Tensor:
+        """w [N] for the guided roles at times within the interval, 1 otherwise."""
+        options = self.options
+        guided = {
+            "both": True, "rollout-only": role is Role.ROLLOUT, "teacher-only": role is Role.TEACHER
+        }[options.roles]  # fmt: skip
+        inside = (t >= options.low) & (t <= options.high) & guided
+        return torch.where(inside, options.scale, 1.0).to(t)

@@ -21,8 +21,8 @@ class GRPOGuardOptions(RatioOptions):
 class GRPOGuard(PolicyObjective[GRPOGuardOptions]):
     """Flow-GRPO with a normalised ratio (GRPO-Guard, arXiv:2510.22319).
 
-    With delta = mu - mu_old and x_next = mu_old + s eps, log rho = delta eps / s - delta^2 / (2 s^2): its mean is below 0
-    and its size depends on the step, so that a clip hardly ever holds back good samples. Here
+    With delta = mu - mu_old and x_next = mu_old + s eps, log rho = delta eps / s - delta^2 / (2 s^2): its mean is below
+    0 and its size depends on the step, so that a clip hardly ever holds back good samples. Here
     rho^ = exp((log rho + delta^2 / (2 s^2)) s) = exp(delta eps), over latent dimensions the mean, and
     L_n = -min(A rho^, A clip(rho^, 1 - c, 1 + c)) + kl KL_n.
 
