@@ -81,7 +81,7 @@ def idle(batch: MicroBatch) -> MicroBatch:
     row = int(batch.rows[0])
     given = {field.name: getattr(batch.points, field.name) for field in fields(Points)}
     first = {name: value[:1] for name, value in given.items() if isinstance(value, Tensor)}
-    points = replace(batch.points, **first | {"weight": torch.zeros_like(first["weight"])})
+    points = Points(**given | first | {"weight": torch.zeros_like(first["weight"])})
     return replace(batch, prompts=(batch.prompts[row],), rows=torch.zeros_like(batch.rows[:1]), points=points)
 
 
