@@ -86,6 +86,34 @@ def test_two_rounds_of_flow_grpo_start_at_ratio_one_and_move_the_weights(
     assert any(bool(value.abs().max() > 0) for value in load_file(folder / "weights.safetensors").values())
 
 
+def rounds(recipe: Path, *overrides: str) -> list[dict[str, float]]:
+    """What a run with other settings measured, round by round."""
+    assert main(["run", str(recipe), *(f"stages.learn.{override}" for override in overrides)]) == 0
+    log = recipe.parent / "runs" / "noisy" / "learn" / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_under_a_biased_ratio_the_first_one_is_one_and_the_gap_is_measured(recipe: Path) -> None:
+    trained = ("adapter={use: tinyworld}", "steps=1", "updates_per_step=1")  # a fresh one ignores its prompt
+    hybrid = ("guidance={use: rollout-only, with: {scale: 4.0}}", "allow_biased_ratio=true")
+    (biased,), (fair,) = (rounds(recipe, *trained, *options) for options in (hybrid, ()))
+    for row in (biased, fair):
+        assert row["ratio"] == 1 and row["log_ratio"] == 0 and row["grad_norm"] > 0
+    assert fair["rollout_gap"] < 1e-4 < 1e-2 < biased["rollout_gap"]
+
+
+def test_the_guard_learns_in_a_sliding_window_of_coefficient_preserving_steps(recipe: Path) -> None:
+    window = "timesteps={use: window, with: {width: 2, start: 0, every: 1}}"
+    found = rounds(recipe, "objective=grpo-guard", "kernel=cps", window, "step_weight=inv-dt", "updates_per_step=1")
+    assert all(row["ratio"] == 1 and row["grad_norm"] > 0 for row in found)
+    assert [row["rows/gradient"] for row in found] == [12.0, 6.0]  # the last step of cps has no likelihood
+
+
+def test_reward_weighted_regression_learns_from_ode_rollouts(recipe: Path) -> None:
+    found = rounds(recipe, "objective=rwr", "kernel=ode", "step_weight=uniform", "updates_per_step=1")
+    assert all(row["grad_norm"] > 0 and row["sample_weight"] > 1 for row in found)
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -72,7 +72,7 @@ def test_the_scale_of_a_policy_is_found_where_it_guides() -> None:
 
 
 def test_an_interval_without_times_is_refused() -> None:
-    with pytest.raises(ValidationError, match="is above high 0.2: no time"):
+    with pytest.raises(ValidationError, match=r"is above high 0\.2: no time"):
         IntervalOptions(low=0.9, high=0.2)
 
 

@@ -6,7 +6,8 @@ Flow-SDE and dance-SDE are Euler steps of one stochastic equation with the margi
 
 with different sigma_t; x + (1 - t) v is the noise that x_t is made of, as v has it. CPS mixes the clean picture and the
 noise that v implies with fresh noise, so that both keep their exact size. In all of them the mean is affine in v, and
-without noise all of them are the Euler step of `ode`.
+without noise all of them are the Euler step of `ode`. Noise is drawn where the timesteps of an rl or distill stage say
+so; pictures that nothing is learned from (curation, evaluation, pictures of progress) are the ODE's.
 """
 
 from __future__ import annotations
