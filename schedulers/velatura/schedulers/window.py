@@ -33,7 +33,7 @@ class Window(TimestepSampler[WindowOptions]):
     Sliding from high to low noise is MixGRPO (arXiv:2507.21802: width 4 of 25, one step every 25 rounds); a random
     place in the first half is the fast variant in Flow-GRPO's code (arXiv:2505.05470: width 2 or 3). With `width: 1`
     the picture's reward is credited to the one step that drew noise, as in TempFlow-GRPO (arXiv:2508.04324). Once a
-    sliding window has reached the last step it stays there: ours, where MixGRPO's text stops.
+    sliding window has reached the last step it stays there, which is our choice.
     """
 
     name = "window"
