@@ -26,7 +26,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Any) -> 
         stand_in(monkeypatch, "velatura.core.closing", close=lambda folder, console: None)
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "plugins list", "plugins show"])
+@pytest.mark.parametrize("verb", [*VERBS, "plugins list", "plugins show", "plugins check"])
 def test_every_verb_explains_itself_with_an_example(verb: str, capsys: Capture) -> None:
     assert main([*verb.split(), "--help"]) == 0
     text = capsys.readouterr().out

@@ -16,6 +16,7 @@ from typing import (
     Generic,
     Literal,
     Protocol,
+    Self,
     TypeVar,
     get_args,
     get_origin,
@@ -87,6 +88,12 @@ class Component(ABC, Generic[O]):
 
     def setup(self, context: Context) -> None:
         """Load weights, open clients: once per process, before first use. Making a component costs nothing."""
+
+    @classmethod
+    def example(cls) -> Self:
+        """One that can be tried anywhere, for `velatura.testing`: small, on a CPU, without downloads. Write your own
+        where the default options need weights, a file or a server."""
+        return cls()
 
 
 class RewardModel(Component[O]):

@@ -14,7 +14,7 @@ from velatura.core.components import Component
 from velatura.core.contracts import CONTRACTS
 from velatura.core.describe import summary_of
 from velatura.core.errors import PluginError, RecipeError, prefixed, suggest
-from velatura.core.plugin import Offer, Origin, import_file, load, new_manager, offers
+from velatura.core.plugin import HOOK, Offer, Origin, import_file, load, new_manager, offers
 
 DISTRIBUTION = "velatura"
 """Entry points of this distribution are built-ins."""
@@ -57,6 +57,7 @@ class Registry:
         """No plugins yet; see `discover` and `empty`."""
         self._manager = new_manager()
         self._importers: dict[Origin, Callable[[], object]] = {}
+        self._modules: dict[Origin, str] = {}
         self._plugins: dict[Origin, object] = {}
         self._errors: dict[Origin, PluginError] = {}
         self._offers: dict[tuple[Origin, str], list[Offer]] = {}
@@ -71,6 +72,7 @@ class Registry:
             builtin = name == DISTRIBUTION
             origin = Origin(plugin=entry.name, distribution=name, version=version, builtin=builtin)
             registry._importers[origin] = partial(EntryPoint.load, entry)
+            registry._modules[origin] = entry.module
         registry._refuse_namesakes()
         return registry
 
@@ -123,6 +125,30 @@ class Registry:
                 except PluginError as error:
                     self._errors.setdefault(origin, error)
         return sorted(found, key=lambda info: (list(CONTRACTS).index(info.kind), "/" in info.name, info.name))
+
+    def components_of(self, plugin: str) -> Sequence[ComponentInfo]:
+        """Everything that one plugin offers.
+
+        Raises:
+            PluginError: there is no such plugin, it is broken, or it offers nothing.
+        """
+        origin = self._origin(plugin)
+        found = [_describe(offer) for kind in CONTRACTS for offer in self._provided(origin, kind)]
+        if not found:
+            raise PluginError(f"{origin} offers no components; return them from a hook, like {HOOK}reward")
+        return found
+
+    def module_of(self, plugin: str) -> str | None:
+        """The module of an installed plugin; None for a file, or an object that was added."""
+        return self._modules.get(self._origin(plugin))
+
+    def _origin(self, plugin: str) -> Origin:
+        """Where a plugin comes from; a built-in one gives way to one from outside of the same name."""
+        named = [origin for origin in self._importers if origin.plugin == plugin]
+        if not named:
+            known = {origin.plugin for origin in self._importers}
+            raise PluginError(f"no plugin {plugin!r} is installed.{suggest(plugin, known)}")
+        return min(named, key=lambda origin: origin.builtin)
 
     @property
     def broken(self) -> tuple[BrokenPlugin, ...]:

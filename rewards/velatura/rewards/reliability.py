@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field
@@ -144,6 +144,12 @@ class ReliabilityZ(AdvantageEstimator[ReliabilityZOptions]):
     """
 
     name = "reliability-z"
+
+    @classmethod
+    def example(cls) -> Self:
+        """For the two rewards of the reports of `velatura.testing`."""
+        return cls(ReliabilityZOptions(noise={"reward-0": 0.05, "reward-1": 0.05}))
+
     _calibration: Calibration | None = None
 
     def __init__(self, options: ReliabilityZOptions | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`velatura plugins list` and `velatura plugins show`: what there is, and what can be set on it."""
+"""`velatura plugins list`, `show` and `check`: what there is, what can be set on it, whether it keeps its contract."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def add(name: str, verbs: Verbs) -> None:
     """Add this verb to the command line."""
-    parser = verbs.add_parser(name, help="list installed components, or show one", allow_abbrev=False)
-    actions = parser.add_subparsers(metavar="list|show", required=True)
+    parser = verbs.add_parser(name, help="list installed components, show one, or check a plugin", allow_abbrev=False)
+    actions = parser.add_subparsers(metavar="list|show|check", required=True)
     example = "velatura plugins list --kind reward"
     listing = new_parser(actions, "list", _list, "list every installed component", example)
     listing.add_argument("--kind", help="only of this kind, like reward")
@@ -22,7 +22,11 @@ def add(name: str, verbs: Verbs) -> None:
     showing = new_parser(actions, "show", _show, "describe one component and its options", example)
     showing.add_argument("name", metavar="NAME", help="as in a recipe, like nft or acme/redness")
     showing.add_argument("--kind", help="where several kinds have a component of this name")
-    for action in (listing, showing):
+    example = "velatura plugins check schedulers"
+    checking = new_parser(actions, "check", _check, "try every component of a plugin against its contract", example)
+    checking.add_argument("name", metavar="PLUGIN", help="as in the column 'plugin' of the list, like acme")
+    checking.add_argument("--kind", help="only components of this kind, like reward")
+    for action in (listing, showing, checking):
         action.add_argument(
             "--file", action="append", default=[], metavar="FILE", help="also this plugin file, like ./my_reward.py"
         )
@@ -82,3 +86,17 @@ def _show(arguments: argparse.Namespace) -> int:
     for info in found:
         show(info, registry.get(info.kind, info.name), console)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """1 when something fails; what could not be tried is said, and is no failure."""
+    from velatura.core.cli.conformance import print_outcomes
+    from velatura.testing import outcome_of, plugin_checks
+
+    checks = plugin_checks(arguments.name, registry=_registry(arguments))
+    outcomes = [outcome_of(check) for check in checks if arguments.kind in (None, check.kind)]
+    if not outcomes:
+        from velatura.core.errors import VelaturaError
+
+        raise VelaturaError(f"plugin {arguments.name!r} has no component of kind {arguments.kind!r}")
+    return print_outcomes(outcomes, new_console())
