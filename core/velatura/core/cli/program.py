@@ -14,6 +14,7 @@ from velatura.core.cli import (
     check,
     evaluate,
     export,
+    new_plugin,
     plugins,
     report,
     reward_card,
@@ -37,6 +38,7 @@ VERBS = {
     "reward-card": reward_card,
     "serve-reward": serve_reward,
     "plugins": plugins,
+    "new-plugin": new_plugin,
     "schema": schema,
 }
 """In the order of `--help`."""

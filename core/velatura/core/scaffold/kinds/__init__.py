@@ -1,0 +1,1 @@
+"""What `velatura new-plugin` writes from: one module for each kind, complete, typed and tested as it stands."""
