@@ -50,8 +50,11 @@ def _velocities(objective: PolicyObjective[Any], points: Points, *, equal: bool)
 
 def _row(points: Points, n: int) -> Points:
     names = ("x", "t", "advantage", "weight", "x0", "target", "x_next", "t_next", "group")
-    given = {name: getattr(points, name) for name in names}
-    return Points(**{name: None if value is None else value[n : n + 1] for name, value in given.items()})
+    row: dict[str, Any] = {}
+    for name in names:
+        value = getattr(points, name)
+        row[name] = None if value is None else value[n : n + 1]
+    return Points(**row)
 
 
 def _lost(objective: PolicyObjective[Any], points: Points, velocity: Mapping[Role, Tensor]) -> Loss:

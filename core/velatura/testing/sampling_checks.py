@@ -106,7 +106,7 @@ def a_step_is_pure(subject: Subject) -> None:
         first, second = kernel.step(v, x, t, t_next), kernel.step(v, x, t, t_next)
     require(first.mean.dtype == torch.float32, f"the mean of fp32 states is {first.mean.dtype}")
     require(first.mean.shape == x.shape, f"the mean of x {list(x.shape)} has shape {list(first.mean.shape)}")
-    broadcast = torch.broadcast_shapes(torch.as_tensor(first.std).shape, x.shape)
+    broadcast = torch.broadcast_shapes(torch.as_tensor(first.std).shape, x.shape)  # type: ignore[no-untyped-call]
     require(broadcast == x.shape, f"std {list(first.std.shape)} does not broadcast against {list(x.shape)}")
     require_close(second.mean, first.mean, "the mean is another one the second time", 0.0)
 
