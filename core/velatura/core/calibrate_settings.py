@@ -25,7 +25,7 @@ def mismatches(stages: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...
         known = {reward.label: reward for reward in source.rewards}
         for index, reward in enumerate(stage.rewards):
             at, other = ("stages", name, "rewards", index), known.get(reward.label)
-            if other is not None and (other.use, other.with_) != (reward.use, reward.with_):
+            if other is not None and (other.use, other.given) != (reward.use, reward.given):
                 yield at, f"{reward.label!r} is not the reward that {stage.weights_from!r} calibrates under that name"
             if other is None and (reward.weight > 0 or any(w > 0 for w in reward.weight_by_category.values())):
                 hint = suggest(reward.label, known)

@@ -75,7 +75,7 @@ class GoldenSet:
         """
         path = (base / settings.file).resolve()
         try:
-            rows = path.read_text(encoding="utf-8").splitlines()
+            rows = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             said = f"there is no golden set at {path} ({error}). `golden.file` starts at the recipe."
             raise VelaturaError(said) from error

@@ -75,7 +75,7 @@ def _choices(at: Location, stage: Stage) -> Iterator[Reference]:
 
 def _judges(at: Location, stage: Stage) -> Iterator[Reference]:
     """The judges that rewards ask."""
-    for slot in ("rewards", "raters", "truth"):
+    for slot in ("rewards", "guards", "raters", "truth"):
         refs: list[RewardRef] = getattr(stage, slot, [])
         for index, ref in enumerate(refs):
             if ref.judge is not None:

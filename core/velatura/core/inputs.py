@@ -18,13 +18,15 @@ BASE_WEIGHTS = "weights of the base"
 """What the adapter of a stage starts from, wherever that lies."""
 CARE = ("cache", "threads", "breaker", "golden")
 """The same of a reward in it."""
+REWARDS = ("rewards", "guards", "raters", "truth")
+"""Slots of a stage that hold rewards."""
 ABSENT = content_hash(None)
 """An option that is null is one that is left out, also of a recipe from before there was such an option."""
 
 
 def lasting(key: str, value: Any) -> Any:
     """An option without how its rewards are looked after, which no score depends on."""
-    if key != "rewards":
+    if key not in REWARDS:
         return value
     return [{name: item for name, item in reward.items() if name not in CARE} for reward in value]
 
@@ -64,9 +66,16 @@ def _reward_inputs(plan: Plan, config: Any) -> dict[str, str]:
     """A fingerprint of each reward of a stage; of one whose judge is made by a stage that stage's result tells."""
     from velatura.core.served import recipe_context
 
-    rewards = [ref for ref in getattr(config, "rewards", []) if ref.judge is None]
-    context = recipe_context(plan, None) if rewards else None
-    return {f"reward {ref.label}": reward_fingerprint(plan.registry, ref, context) for ref in rewards if context}
+    found = [(slot, number, ref) for slot in REWARDS for number, ref in enumerate(getattr(config, slot, []))]
+    asked = [each for each in found if each[2].judge is None]
+    context = recipe_context(plan, None) if asked else None
+    return {
+        f"reward {ref.label}" if slot == "rewards" else f"reward {slot}.{number} {ref.label}": reward_fingerprint(
+            plan.registry, ref, context
+        )
+        for slot, number, ref in asked
+        if context
+    }
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -31,6 +31,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="spawn",
         logs_specs=DefaultLogsSpecs(),
     )  # fmt: skip
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [sys.executable, "-m", "velatura.core.cli", *arguments]
     try:
         with _quietly():
@@ -61,7 +62,6 @@ def _quietly() -> Iterator[None]:
     names = [name for name in logging.root.manager.loggerDict if name.startswith(LAUNCHER)]  # each has its own level
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:

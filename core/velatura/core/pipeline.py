@@ -31,7 +31,10 @@ from velatura.core.ranks import Ranks, join, threads_of_process
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
 
-RESULTS = ("weights.safetensors", "kept.json", "ratings.jsonl", "samples.parquet", "calibration.json")
+RESULTS = (
+    *("weights.safetensors", "kept.json", "ledger.parquet", "ratings.jsonl", "samples.parquet", "calibration.json"),
+    *("judge/judge.json", "judge/rubric.yaml"),
+)
 """Files whose content is a stage's result, for the stages that build on it."""
 EXPORTED = "model/**/*.safetensors"
 WATCHING = ("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "max_failed")

@@ -6,10 +6,13 @@ import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from velatura.core.errors import RecipeError, VelaturaError
 
+PATIENCE = timedelta(days=7)
+"""How long a process waits for another: the first may draw for hours alone, and launchers end all when one dies."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -107,12 +110,31 @@ def join(device: str) -> Ranks:
     import torch.distributed as dist
 
     if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu(device))
     if not dist.is_initialized():
         on_gpu = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
         atexit.register(leave)
     return Ranks(rank=dist.get_rank(), size=size)
+
+
+def _own_gpu(device: str) -> int:
+    """Number of this process's GPU on its machine.
+
+    Raises:
+        VelaturaError: there are more processes than GPUs, or the recipe gives all of them the same one.
+    """
+    import torch
+
+    mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device.startswith("cuda:"):
+        raise VelaturaError(f"engine.device is '{device}', one GPU for all processes. Set it to 'cuda' or 'auto'.")
+    if mine >= there:
+        raise VelaturaError(
+            f"process {mine} of this machine has no GPU: there are {there}. Start at most {there} processes, or set "
+            f"engine.device to 'cpu'."
+        )
+    return mine
 
 
 def leave() -> None:

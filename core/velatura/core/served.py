@@ -48,7 +48,7 @@ def rewards_of_recipe(plan: Plan, device: str | None, stage: str | None = None) 
         if kind != "reward" or not isinstance(ref, RewardRef) or stage not in (None, name):
             continue
         known, where = found.setdefault(ref.label, (ref, str(name)))
-        if (known.use, known.with_) != (ref.use, ref.with_):
+        if (known.use, known.given) != (ref.use, ref.given):
             raise RecipeError(
                 f"stages '{where}' and '{name}' have different rewards called {ref.label!r}. Give one of them another "
                 f"'name', or serve one stage: --stage {where}"

@@ -20,7 +20,7 @@ from velatura.core.checkpoint import match_tensors
 from velatura.core.engine.local import MOMENTS, adamw, choose_device, clip, placed, set_rate, trained_parameters
 from velatura.core.engine.protocol import EngineConfig, OptimizerConfig, StepInfo
 from velatura.core.errors import VelaturaError
-from velatura.core.ranks import leave
+from velatura.core.ranks import PATIENCE, leave
 
 T = TypeVar("T")
 
@@ -243,7 +243,7 @@ def _launch(device: torch.device) -> Any:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=PATIENCE)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         atexit.register(leave)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from velatura.core.calibrate_settings import DEFAULT
 from velatura.core.calibration import Floats, Measured, Statistics, correlations, statistics
 from velatura.core.errors import RecipeError, suggest
-from velatura.core.judge import Judge, WeightedReward
+from velatura.core.judge import Judge
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.preferences import Fit, Pairs, budgets_of, fit, read_pairs, read_picture, summary
 from velatura.core.rollout import Sampler, rollout
@@ -64,7 +64,7 @@ def run(stage: StageRun) -> dict[str, Any]:
 
 def _judge(stage: StageRun, repeat: int) -> Judge:
     """Rewards at weight 1, guards at 0. A reward that draws at random does so from another seed at each repeat."""
-    again = stage if repeat == 0 else replace(stage, seed=derive(stage.seed, "retest", repeat))
+    asked = stage if repeat == 0 else replace(stage, seed=derive(stage.seed, "retest", repeat))
     config = stage.config
     places = [
         (f"{slot}.{i}", ref, weight)
@@ -72,11 +72,7 @@ def _judge(stage: StageRun, repeat: int) -> Judge:
         for i, ref in enumerate(refs)
     ]
     return Judge(
-        [
-            WeightedReward(label=ref.label, at=stage.at(at), model=again.build("reward", ref, at), weight=weight)
-            for at, ref, weight in places
-        ],
-        max_failed=config.max_failed,
+        [asked.reward(ref, at, weight, again=repeat > 0) for at, ref, weight in places], max_failed=config.max_failed
     )
 
 

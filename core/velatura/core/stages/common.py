@@ -107,20 +107,24 @@ class StageRun:
         """A judge over the rewards of the recipe, with their weights or those that a calibrate stage found."""
         weights = self._weights(rewards)
         return Judge(
-            [self._reward(ref, f"rewards.{i}", *weights[i]) for i, ref in enumerate(rewards)], max_failed=max_failed
+            [self.reward(ref, f"rewards.{i}", *weights[i]) for i, ref in enumerate(rewards)], max_failed=max_failed
         )
 
-    def _reward(self, ref: RewardRef, place: str, weight: float, by_category: Mapping[str, float]) -> WeightedReward:
-        """One reward, set up, with all that the recipe says of it."""
+    def reward(
+        self, ref: RewardRef, place: str, weight: float = 1.0, by_category: Mapping[str, float] | None = None, *,
+        label: str | None = None, again: bool = False,
+    ) -> WeightedReward:  # fmt: skip
+        """One reward, set up, with all that the recipe says of it. `again`: it is to be asked what was asked before, so
+        that kept scores would be no answer."""
         ref = ref.opened(self.run_folder)
         model: RewardModel[Any] = self.build("reward", ref, place)
         cache = None
-        if model.cached if ref.cache is None else ref.cache:
+        if not again and (model.cached if ref.cache is None else ref.cache):
             known = reward_fingerprint(self.registry, ref, self.context(), model)
             cache = ScoreCache(self.run_folder / SCORES, known)
         return WeightedReward(
-            label=ref.label, at=self.at(place), model=model, weight=weight,
-            weight_by_category=by_category, breaker=ref.breaker, cache=cache, threads=ref.threads,
+            label=label or ref.label, at=self.at(place), model=model, weight=weight,
+            weight_by_category=by_category or {}, breaker=ref.breaker, cache=cache, threads=ref.threads,
             golden=GoldenSet.load(ref.golden, self.base) if ref.golden else None,
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ from velatura.core.seeds import derive
 from velatura.core.stages.common import StageRun, Ticker
 from velatura.core.stages.reward_metrics import counted
 from velatura.core.types import Admission, Prompt, RewardReport
+from velatura.core.weight_ledger import read_calibration, require_calibrated
 
 SHOWN = 6
 """Groups of each kind in the pictures."""
@@ -40,6 +41,9 @@ def run(stage: StageRun) -> dict[str, Any]:
     sampler = stage.sampler(adapter)
     prompt_filter = stage.build("prompt_filter", config.prompt_filter, "prompt_filter")
     prompts, before = _to_screen(stage)
+    if config.weights_from is not None:
+        calibration = read_calibration(stage.run_folder, config.weights_from)
+        require_calibrated(calibration, prompts, config.weights_from, stage.at("weights_from"))
     screening = Screening(stage=stage, policy=policy, sampler=sampler, prompt_filter=prompt_filter)
     if prompts:
         report, admission, counts = screening.decide(prompts)
@@ -96,7 +100,8 @@ class Screening:
             admission = self.prompt_filter.admit(report)
             reports, confirmed = [report], 0
             if config.confirm and len(rows := _borderline(stage, admission)):
-                fresh = self.measured(judge, [prompts[row] for row in rows], "confirm")
+                look = "-".join(filter(None, ["confirm", _look(stage)]))
+                fresh = self.measured(judge, [prompts[row] for row in rows], look)
                 admission = confirmation(admission, self.prompt_filter.admit(fresh), rows)
                 reports, confirmed = [report, fresh], len(rows)
             failures = sum(self.stage.ranks.gather(sum(judge.failures.values())))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from velatura.core.checkpoint import write_text_atomic
-from velatura.core.judge import Judge, WeightedReward
+from velatura.core.judge import Judge
 from velatura.core.pictures import overview, save_png, to_pixels
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.ratings import line_of
@@ -47,7 +47,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     if not stage.ranks.first:
         return {}
     for path in files.values():
-        lines += path.read_text(encoding="utf-8").splitlines()
+        lines += path.read_text(encoding="utf-8").split("\n")[:-1]  # text may hold other line separators
     write_text_atomic(stage.folder / RATINGS, "".join(f"{line}\n" for line in lines))
     by_dimension: dict[str, int] = {}
     for line in lines:
@@ -60,13 +60,7 @@ def _judge(stage: StageRun) -> Judge:
     """All raters, then those who know the truth."""
     asked = [("raters", i, ref) for i, ref in enumerate(stage.config.raters)]
     asked += [("truth", i, ref) for i, ref in enumerate(stage.config.truth)]
-    rewards = [
-        WeightedReward(
-            label=f"{slot} {i}: {ref.label}", at=stage.at(f"{slot}.{i}"),
-            model=stage.build("reward", ref.opened(stage.run_folder), f"{slot}.{i}"),
-        )
-        for slot, i, ref in asked
-    ]  # fmt: skip
+    rewards = [stage.reward(ref, f"{slot}.{i}", label=f"{slot} {i}: {ref.label}") for slot, i, ref in asked]
     return Judge(rewards, max_failed=stage.config.max_failed)
 
 
@@ -124,7 +118,8 @@ def _write_sources(folder: Path, prompt: Prompt) -> list[str]:
 
 
 def _rated(stage: StageRun, sample: Sample, report: RewardReport, row: int) -> list[Mapping[str, Any]]:
-    """What was said of one picture, dimension by dimension; a rating that failed is left out, never made up."""
+    """What was said of one picture, dimension by dimension. Where a rating failed the dimension is left out: none is
+    made up, and none moves to another rater's place."""
     config = stage.config
     refs = [*config.raters, *config.truth]
     said = [
@@ -136,7 +131,7 @@ def _rated(stage: StageRun, sample: Sample, report: RewardReport, row: int) -> l
         own = [value for ref, value in zip(refs, said, strict=True) if ref.dimension == dimension]
         voices = sum(ref.dimension == dimension for ref in config.raters)
         ratings = [value for value in own[:voices] if value is not None]
-        if ratings:
+        if len(ratings) == voices:  # a list with a gap would take one rater for another
             line = {"prompt": sample.prompt.text, "category": sample.prompt.category, "dimension": dimension}
             truth = {"truth": own[voices]} if own[voices:] and own[voices] is not None else {}
             found.append({**line, "ratings": ratings, **truth})
