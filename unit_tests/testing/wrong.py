@@ -267,7 +267,9 @@ class OneTooMany(Every):
     """Counts grid times instead of steps."""
 
     def plan(self, t: Any, generator: torch.Generator) -> StepPlan:
-        return StepPlan.training(torch.arange(len(t)), steps=len(t) - 1)
+        steps = len(t) - 1
+        none = torch.zeros(steps, dtype=torch.bool)
+        return StepPlan(train=torch.arange(len(t)), stochastic=none, weight=torch.ones(steps))
 
 
 @breaks("noise_and_weights_are_one_per_step")

@@ -188,6 +188,8 @@ class Kernel(Component[O]):
 
     kind: ClassVar[str] = "kernel"
     stochastic: ClassVar[bool] = False
+    keeps_marginals: ClassVar[bool] = True
+    """Whether small steps take x_t to x_{t_next} in distribution, whatever the data."""
 
     @abstractmethod
     def step(self, v: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Transition:

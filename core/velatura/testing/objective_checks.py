@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from velatura.core.components import PolicyObjective
-from velatura.core.types import Loss, Points, Prompt, Requirements, Role
+from velatura.core.components import Kernel, NoOptions, PolicyObjective
+from velatura.core.types import Loss, Points, Prompt, Requirements, Role, Transition
 from velatura.testing.kit import NotChecked, Subject, check, require, require_close, require_finite
 from velatura.testing.samples import make_prompts
 
@@ -34,7 +34,23 @@ def _points(needs: Requirements, times: tuple[float, ...] = TIMES) -> Points:
     if needs.points == "forward":
         return Points(**common, x0=x0, target=noise - x0)
     t_next = (t - 0.1).clamp_min(0)
-    return Points(**common, x_next=common["x"] + (t_next - t)[:, None, None] * (noise - x0), t_next=t_next)
+    if not needs.stochastic_steps:
+        return Points(**common, x_next=common["x"] + (t_next - t)[:, None, None] * (noise - x0), t_next=t_next)
+    kernel = Jitter()
+    step = kernel.step(noise - x0, common["x"], t[:, None, None], t_next[:, None, None])
+    x_next = step.mean + step.std * torch.randn(step.mean.shape, generator=draw)
+    return Points(**common, x_next=x_next, t_next=t_next, kernel=kernel, log_prob=kernel.log_prob(x_next, step))
+
+
+class Jitter(Kernel[NoOptions]):
+    """Euler's step and noise of constant rate beside it: the least that a ratio can be taken of."""
+
+    name = "jitter"
+    stochastic = True
+
+    def step(self, v: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Transition:
+        """x + v dt, with standard deviation sqrt(-dt) / 2."""
+        return Transition(mean=x + (t_next - t) * v, std=(t - t_next).sqrt() / 2)
 
 
 def _velocities(objective: PolicyObjective[Any], points: Points, *, equal: bool) -> dict[Role, Tensor]:
@@ -49,12 +65,12 @@ def _velocities(objective: PolicyObjective[Any], points: Points, *, equal: bool)
 
 
 def _row(points: Points, n: int) -> Points:
-    names = ("x", "t", "advantage", "weight", "x0", "target", "x_next", "t_next", "group")
+    names = ("x", "t", "advantage", "weight", "x0", "target", "x_next", "t_next", "log_prob", "group")
     row: dict[str, Any] = {}
     for name in names:
         value = getattr(points, name)
         row[name] = None if value is None else value[n : n + 1]
-    return Points(**row)
+    return Points(**row, kernel=points.kernel)
 
 
 def _lost(objective: PolicyObjective[Any], points: Points, velocity: Mapping[Role, Tensor]) -> Loss:
@@ -178,6 +194,8 @@ def _with_advantage(subject: Subject) -> PolicyObjective[Any]:
     objective: PolicyObjective[Any] = subject.ready()
     if not objective.requires.advantage:
         raise NotChecked("it needs no advantages")
+    if not objective.requires.contrast:
+        raise NotChecked("it learns from every sample, from better ones more")
     return objective
 
 

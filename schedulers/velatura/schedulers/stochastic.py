@@ -97,6 +97,7 @@ class Cps(Kernel[CpsOptions]):
 
     name = "cps"
     stochastic = True
+    keeps_marginals = False
 
     def step(self, v: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Transition:
         """Mean [B ...] and std of x_{t_next}; times [] or shaped to broadcast against x."""
