@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -12,12 +13,14 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from velatura.api import Context, Prompt, Sample, Status, VelaturaError
+from velatura.core.wire import read_request, request_for, samples_of
 from velatura.plugins.tinyworld.checks import untouched
 from velatura.plugins.tinyworld.render import render
 from velatura.plugins.tinyworld.scenes import BACKGROUNDS, request_of
 from velatura.plugins.tinyworld.task import TinyWorld, TinyWorldOptions
 from velatura.rewards import lite0
 from velatura.rewards.edit_preservation import EditPreservation, EditPreservationOptions, threshold
+from velatura.rewards.judge.pictures import data_url, to_picture
 
 EDITS = 60
 
@@ -208,6 +211,46 @@ def test_what_is_no_region_is_answered_with_what_is(reward, said):
 def test_a_missing_mask_names_the_prompt_and_the_file(reward):
     with pytest.raises(VelaturaError, match=r"Prompt 'e': its mask .*gone.png does not open"):
         one(reward, edit({"edit_region": "gone.png"}), picture(1))
+
+
+def test_a_mask_elsewhere_than_below_the_recipe_or_of_another_format_is_not_opened(reward, folder, tmp_path):
+    Image.new("L", (48, 48)).save(tmp_path / "mask.png")
+    for path in (str(tmp_path / "mask.png"), f"../{tmp_path.name}/mask.png", "/etc/hostname"):
+        with pytest.raises(VelaturaError, match=r"Prompt 'e': its mask .* is not below .*the recipe's folder"):
+            one(reward, edit({"edit_region": path}), picture(1))
+    Image.new("L", (48, 48)).save(folder / "mask.gif")
+    with pytest.raises(VelaturaError, match=r"its mask .*mask.gif does not open"):
+        one(reward, edit({"edit_region": "mask.gif"}), picture(1))
+
+
+def test_a_mask_too_large_to_open_is_one_message(reward, folder, monkeypatch):
+    Image.new("L", (48, 48)).save(folder / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(VelaturaError, match=r"Prompt 'e': its mask .*large.png does not open .*exceeds limit"):
+        one(reward, edit({"edit_region": "large.png"}), picture(1))
+
+
+def test_a_client_of_a_server_opens_no_file_and_spoils_no_others_picture(reward, folder):
+    Image.new("L", (48, 48), 255).save(folder / "there.png")
+    said = [served(edit({"edit_region": region})) for region in ("there.png", "gone.png", 3, [0, 0, 0.5, 0.5])]
+    scores = reward.score([Sample(prompt=prompt, image=in_corner(picture()), seed=0) for prompt in said])
+    assert scores.status == (Status.FAILED,) * 3 + (Status.OK,)
+    assert scores.reasons[0] == scores.reasons[1]
+    assert "a server opens no file that a request names" in scores.reasons[0]
+
+
+def served(prompt):
+    """As a server reads it from a request."""
+    to_url = lambda image: data_url(to_picture(image, None))  # noqa: E731
+    request = request_for("r", [Sample(prompt=prompt, image=picture(), seed=0)], to_url)
+    (sample,) = samples_of(read_request(json.dumps(request).encode()))
+    return sample.prompt
+
+
+def test_prompts_of_one_id_keep_their_own_sources(reward):
+    first, second = edit({"edit_region": []}), edit({"edit_region": []}, source=picture(5))
+    scores = reward.score([Sample(prompt=p, image=p.sources[0], seed=0) for p in (first, second)])
+    assert scores.values.tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
 def test_a_size_that_the_patches_do_not_divide_is_refused(folder):

@@ -63,6 +63,8 @@ class Prompt:
     """The picture to learn from, `3 H W`; only supervised stages read it."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Whatever the rewards of this task need to judge a picture; `categories`, where a prompt belongs to several."""
+    foreign: bool = False
+    """Sent by a client of a reward server: no file is opened that its metadata name."""
 
     @property
     def membership(self) -> Mapping[str, float]:

@@ -153,7 +153,7 @@ def samples_of(request: Request) -> list[Sample]:
         Prompt(
             id=given.id, text=given.text, task=given.task, category=given.category, size=given.size,
             sources=tuple(_decoded(url, f"prompts.{p}.sources.{s}", room) for s, url in enumerate(given.sources)),
-            metadata=given.metadata,
+            metadata=given.metadata, foreign=True,
         )
         for p, given in enumerate(request.prompts)
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,8 @@ class EditPreservation(RewardModel[EditPreservationOptions]):
     most changed tenth of the region over `change`, at most 1, so that a copy of the source scores 0.
 
     What should change stands in the metadata of the prompt under `field`: boxes [left, top, right, bottom] in shares of
-    width and height, the path of a mask (white changes), or [] where nothing should (then made is 1). Where it is not
-    said, the region is estimated from both pictures: the places above the threshold that best splits the distances in
+    width and height, the path of a mask (a PNG file below the recipe's folder; white changes; a server opens none), or [] where
+    nothing should (then made is 1). Where it is not said, the region is estimated from both pictures: the places above the threshold that best splits the distances in
     two (Otsu 1979), at least `floor`. Such a region may be wherever the edit was made, so the score loses `area`
     times the share that it covers.
 
@@ -113,19 +114,28 @@ class EditPreservation(RewardModel[EditPreservationOptions]):
         """[B] in [0, 1]; the notes say what each is made of."""
         if self._backbone is None:
             raise VelaturaError(f"'{self.name}' has no network yet: call `setup` before it is asked.")
-        known: dict[str, Tensor] = {}
-        return measured(samples, lambda sample: self._judge(sample, known))
+        known: dict[int, Tensor] = {}
+        return measured(samples, lambda sample: self._answer(sample, known))
 
-    def _judge(self, sample: Sample, known: dict[str, Tensor]) -> Measured:
-        """`known`: features of sources by prompt, kept for one call."""
+    def _answer(self, sample: Sample, known: dict[int, Tensor]) -> Measured:
+        """What a client of a server wrote wrong costs its own pictures; in a run it ends the stage."""
+        try:
+            return self._judge(sample, known)
+        except VelaturaError as error:
+            if not sample.prompt.foreign:
+                raise
+            return Measured(status=Status.FAILED, reason=str(error))
+
+    def _judge(self, sample: Sample, known: dict[int, Tensor]) -> Measured:
+        """`known`: features of sources by the prompt object, kept for one call; clients may share ids."""
         assert self._backbone is not None
         prompt, options = sample.prompt, self.options
         if not self.applies(prompt):
             return Measured(status=Status.NOT_APPLICABLE, reason="The prompt has no source to keep.")
-        if prompt.id not in known:
-            (known[prompt.id],) = self._backbone.features([prompt.sources[options.source]])
+        if id(prompt) not in known:
+            (known[id(prompt)],) = self._backbone.features([prompt.sources[options.source]])
         (seen,) = self._backbone.features([sample.image])
-        distance = self._backbone.distance(known[prompt.id], seen)
+        distance = self._backbone.distance(known[id(prompt)], seen)
         region = self._region(prompt, (int(distance.shape[0]), int(distance.shape[1])))
         parts = self._asked(distance, region) if region is not None else self._estimated(distance)
         if parts is None:
@@ -175,13 +185,34 @@ class EditPreservation(RewardModel[EditPreservationOptions]):
         return adaptive_max_pool2d(mask[None], grid)[0] > 0.5
 
     def _mask(self, prompt: Prompt, path: str) -> Tensor:
-        """[H W] in [0, 1] of a file."""
+        """[H W] in [0, 1] of a PNG file below the recipe's folder.
+
+        Raises:
+            VelaturaError: it lies elsewhere, is no PNG file, or a client of a server names it.
+        """
         assert self._context is not None
-        file: Path = self._context.resolve(path)
+        if prompt.foreign:
+            raise VelaturaError(
+                f"Prompt {prompt.id!r}: its metadata field {self.options.field!r} names a file, and a server opens no "
+                "file that a request names. Send boxes [left, top, right, bottom] in shares of width and height."
+            )
+        base = Path(os.path.abspath(self._context.base))
+        file = Path(os.path.abspath(base / path))
+        if not file.is_relative_to(base):
+            raise VelaturaError(
+                f"Prompt {prompt.id!r}: its mask {path!r} is not below {base}, the recipe's folder. Put masks there, or "
+                "a link to the folder that holds them."
+            )
         try:
-            with Image.open(file) as picture:
+            with Image.open(file, formats=["PNG"]) as picture:
                 return torch.from_numpy(np.array(picture.convert("L"))).float() / 255
-        except OSError as error:
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
             raise VelaturaError(f"Prompt {prompt.id!r}: its mask {file} does not open ({error}).") from error
 
 
