@@ -213,6 +213,9 @@ def test_q_judger_refuses_a_file_of_another_form_and_a_dimension_that_is_not(ser
     (folder / "checklists.py").write_text(LISTS.replace("<image>", "picture"))
     with pytest.raises(VelaturaError, match=r"USER_PROMPT_TEMPLATE in checklists.py has another form"):
         ready(QJudger, QJudgerOptions(**given(server, prompts="checklists.py")), folder)
+    (folder / "checklists.py").write_text(LISTS.replace("- Light", "Light"))
+    with pytest.raises(VelaturaError, match=r"AESTHETICS_CHECKLIST in .*checklists.py has no line like"):
+        ready(QJudger, QJudgerOptions(**given(server, prompts="checklists.py")), folder)
     with pytest.raises(ValidationError, match="no dimension 'Beauty'"):
         QJudgerOptions(model="x", prompts="y", dimensions=("Beauty",))
 
@@ -311,7 +314,27 @@ def test_facets_count_to_their_own_heading_wherever_they_were_written():
     flat = '{"Noise": {"score": 2}, "Edges": {"score": "1"}, "Logic": {"score": 0}}'
     misplaced = '{"Realism": {"Noise": 2, "Edges": {"score": 1}, "Logic": {"score": 0}}}'
     assert checked_off(flat, checklist) == checked_off(misplaced, checklist) == 40
-    assert checked_off('{"Noise": {"score": "N/A"}}', checklist) is None
+    assert (
+        checked_off('{"Noise": {"score": "N/A"}, "edges": {"score": "N/A"}, "**Logic**": {"score": "n/a"}}', checklist)
+        is None
+    )
     for broken in ("none", "{", "{}", '{"Noise": {"score": 3}}', '{"Noise": {"score": true}}', '{"Noise": 2}'):
         with pytest.raises(NoScores):
             checked_off(broken, checklist)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"Logic": None}, r"leaves out: 'logic'"),
+        ({"Noise": None, "Logic": None}, r"leaves out: 'noise', 'logic'"),
+        ({"Beauty": {"score": 2}}, r"marks what the checklist does not have: 'beauty'"),
+        ({"Detail": {"Edges": {"score": 0}}}, r"marks twice: 'edges'"),
+    ],
+)
+def test_a_sheet_that_is_not_the_whole_checklist_is_no_score(changes, reason):
+    checklist = "## Detail\n- Noise: a\n- Edges: b\n## Realism\n- Logic: c"
+    sheet = {"Noise": {"score": 2}, "Edges": {"score": "1"}, "Logic": {"score": 0}} | changes
+    whole = json.dumps({name: marks for name, marks in sheet.items() if marks is not None})
+    with pytest.raises(NoScores, match=reason):
+        checked_off(whole, checklist)

@@ -76,10 +76,10 @@ class EditPreservation(RewardModel[EditPreservationOptions]):
     most changed tenth of the region over `change`, at most 1, so that a copy of the source scores 0.
 
     What should change stands in the metadata of the prompt under `field`: boxes [left, top, right, bottom] in shares of
-    width and height, the path of a mask (a PNG file below the recipe's folder; white changes; a server opens none), or [] where
-    nothing should (then made is 1). Where it is not said, the region is estimated from both pictures: the places above the threshold that best splits the distances in
-    two (Otsu 1979), at least `floor`. Such a region may be wherever the edit was made, so the score loses `area`
-    times the share that it covers.
+    width and height, the path of a mask (a PNG file below the recipe's folder; white changes; a server opens none), or
+    [] where nothing should (then made is 1). Where it is not said, the region is estimated from both pictures: the
+    places above the threshold that best splits the distances in two (Otsu 1979), at least `floor`. Such a region may be
+    wherever the edit was made, so the score loses `area` times the share that it covers.
 
     Known holes. It does not read the instruction: any change at the right place is a change. Estimated, it cannot tell
     an additional change from the one asked for except by its area, and holds large edits (a new background) against
@@ -196,12 +196,12 @@ class EditPreservation(RewardModel[EditPreservationOptions]):
                 f"Prompt {prompt.id!r}: its metadata field {self.options.field!r} names a file, and a server opens no "
                 "file that a request names. Send boxes [left, top, right, bottom] in shares of width and height."
             )
-        base = Path(os.path.abspath(self._context.base))
-        file = Path(os.path.abspath(base / path))
+        base = Path(os.path.normpath(self._context.base.absolute()))
+        file = Path(os.path.normpath(base / path))
         if not file.is_relative_to(base):
             raise VelaturaError(
-                f"Prompt {prompt.id!r}: its mask {path!r} is not below {base}, the recipe's folder. Put masks there, or "
-                "a link to the folder that holds them."
+                f"Prompt {prompt.id!r}: its mask {path!r} is not below {base}, the recipe's folder. Put masks there, "
+                "or a link to the folder that holds them."
             )
         try:
             with Image.open(file, formats=["PNG"]) as picture:

@@ -83,10 +83,11 @@ def facets(checklist: str) -> dict[str, str]:
 def checked_off(text: str, checklist: str) -> float | None:
     """In [0, 100]: mean over headings of the mean over their facets of 0, 60 or 100; None where nothing applies.
 
-    A facet counts to the heading that the checklist has it under, wherever the judge wrote it.
+    A facet counts to the heading that the checklist has it under, wherever the judge wrote it, in whatever case.
 
     Raises:
-        NoScores: the reply is no such sheet.
+        NoScores: the reply is no such sheet, marks a facet that the checklist does not have, or leaves one out: a mean
+            over part of the checklist is another score.
     """
     match = OBJECT.search(answer(text))
     try:
@@ -95,18 +96,41 @@ def checked_off(text: str, checklist: str) -> float | None:
         raise NoScores(f"the reply is no JSON ({error})") from error
     if not isinstance(sheet, Mapping):
         raise NoScores("the reply holds no JSON object")
-    known, headings = facets(checklist), dict[str, list[float]]()
-    for heading, facet, score in _entries(sheet):
+    known, headings = {_plain(facet): heading for facet, heading in facets(checklist).items()}, dict[str, list[float]]()
+    entries = _entries(sheet)
+    _require_all(known, [_plain(facet) for facet, _ in entries])
+    for facet, score in entries:
         value = _mark(facet, score)
         if value is not None:
-            headings.setdefault(known.get(facet, heading), []).append(value)
+            headings.setdefault(known[_plain(facet)], []).append(value)
     if not headings:
         return None
     return math.fsum(math.fsum(values) / len(values) for values in headings.values()) / len(headings)
 
 
-def _entries(sheet: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """Heading, facet and score, of a sheet of headings or of facets alone.
+def _plain(facet: str) -> str:
+    """Its name without case, spaces too many, and marks of bold print."""
+    return " ".join(facet.replace("*", " ").casefold().split())
+
+
+def _require_all(known: Mapping[str, str], marked: Sequence[str]) -> None:
+    """See that every facet of the checklist is marked once, and nothing else.
+
+    Raises:
+        NoScores: it is not so.
+    """
+    wrong = {
+        "marks what the checklist does not have": [facet for facet in marked if facet not in known],
+        "leaves out": [facet for facet in known if facet not in marked],
+        "marks twice": sorted({facet for facet in marked if marked.count(facet) > 1}),
+    }
+    for what, names in wrong.items():
+        if names:
+            raise NoScores(f"the reply {what}: {', '.join(repr(name[:40]) for name in names[:3])}")
+
+
+def _entries(sheet: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Facet and score, of a sheet of headings or of facets alone.
 
     Raises:
         NoScores: it is neither.
@@ -116,9 +140,9 @@ def _entries(sheet: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         if not isinstance(inner, Mapping):
             raise NoScores(f"the reply's entry {name!r} is no object")
         if "score" in inner:
-            found.append((str(name), str(name), inner["score"]))
+            found.append((str(name), inner["score"]))
             continue
-        found += [(str(name), str(f), s.get("score") if isinstance(s, Mapping) else s) for f, s in inner.items()]
+        found += [(str(f), s.get("score") if isinstance(s, Mapping) else s) for f, s in inner.items()]
     if not found:
         raise NoScores("the reply's sheet is empty")
     return found

@@ -16,7 +16,7 @@ from velatura.rewards.judge.rubric import Part
 from velatura.rewards.judge.scoring import REFUSALS, Verdict, as_scores, failed
 from velatura.rewards.pretrained import ready
 from velatura.rewards.reward_token import plain
-from velatura.rewards.score_sheets import NoScores, checked_off, labelled, pair
+from velatura.rewards.score_sheets import NoScores, checked_off, facets, labelled, pair
 
 AXES = ("alignment", "coherence", "style")
 UNIFIED = """You see a picture that an image generator made, and the caption it was made from.
@@ -264,6 +264,12 @@ class QJudger(RewardModel[QJudgerOptions]):
         self._system, self._question, *lists = texts_in(
             self.name, path, ("SYSTEM_PROMPT", "USER_PROMPT_TEMPLATE", *names)
         )
+        bare = [name for name, one in zip(names, lists, strict=True) if not facets(one)]
+        if bare:
+            raise VelaturaError(
+                f"'{self.name}': {bare[0]} in {path} has no line like '- Noise: ...' below '## Detail', so no facets "
+                "are known."
+            )
         self._lists = tuple(lists)
         self._asked("", self.options.dimensions[0], lists[0])
         self._chat = opened_chat(self.name, self.options, context)
