@@ -61,18 +61,26 @@ def hpsv2(base, **options):
 
 
 def pixels(shown, side=32):
-    """As torchvision's Resize, CenterCrop, ToTensor and Normalize of CLIP would prepare a picture of Pillow."""
+    """As the authors do: the longer side to 32 pixels, zeros around the rest, then the normalisation of CLIP."""
     made = []
     for sample in shown:
         picture = Image.fromarray(to_bytes(sample.image))
-        scale = side / min(picture.size)
-        width, height = (int(scale * length) for length in picture.size)
+        scale = side / max(picture.size)
+        width, height = (round(length * scale) for length in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - side) // 2, (height - side) // 2
-        bytes_ = picture.crop((left, top, left + side, top + side)).tobytes()
-        tensor = torch.frombuffer(bytearray(bytes_), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1) / 255
+        bytes_ = picture.tobytes()
+        tensor = torch.frombuffer(bytearray(bytes_), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1) / 255
+        left, top = (side - width) // 2, (side - height) // 2
+        tensor = torch.nn.functional.pad(tensor, (left, side - width - left, top, side - height - top))
         made.append((tensor - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None])
     return torch.stack(made)
+
+
+def test_hpsv2_sees_the_ends_of_a_long_picture(folder, hps):
+    long = [replace(sample, image=torch.rand(3, 20, 90)) for sample in samples()]
+    changed = [replace(s, image=torch.cat([s.image[..., :75], 1 - s.image[..., 75:]], 2)) for s in long]
+    reward = hpsv2(folder)
+    assert (reward.score(long).values - reward.score(changed).values).abs().min() > 1e-3
 
 
 def test_hpsv2_is_a_hundred_times_the_cosine_of_the_network_that_open_clip_would_build(folder, hps):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from PIL import Image
 from pydantic import Field
+from torch import Tensor
 
 from velatura.api import Context, Prompt, RewardModel, Sample, Scores, VelaturaError
-from velatura.rewards.dual_encoder import DualEncoder, EncoderOptions
+from velatura.rewards.dual_encoder import DualEncoder, EncoderOptions, to_bytes
 from velatura.rewards.open_clip_weights import to_transformers
 from velatura.rewards.pretrained import filled, read_weights, ready, scored, weights_file
 
@@ -41,7 +46,8 @@ class HpsV2(RewardModel[HpsV2Options]):
     are translated; nothing in it is run. Ordinary pictures score 20 to 33 with `scale` 100. Code Apache 2.0; see the
     card of the weights.
 
-    Known holes. It sees 224 x 224 pixels, cropped to the middle, and 77 tokens. It likes saturated, glossy and
+    As its authors do, a picture is scaled until its longer side has 224 pixels, and black is put around it to a square:
+    nothing is cut off. Known holes. It sees 224 x 224 pixels, of a long picture fewer, and 77 tokens. It likes saturated, glossy and
     plain-background pictures, and is the reward most often seen to be gamed that way. The authors' script resizes
     float tensors, here it is bytes by Pillow, so scores differ from theirs in the third digit. It does not apply to
     edits.
@@ -84,7 +90,22 @@ class HpsV2(RewardModel[HpsV2Options]):
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[B] in [-scale, scale]; higher is better."""
         encoder: DualEncoder = ready(self._encoder, self.name)
-        return scored(samples, len(samples) or 1, lambda shown: self.options.scale * encoder.cosines(shown))
+        side = int(encoder.model.config.vision_config.image_size)
+
+        def values(shown: Sequence[Sample]) -> Tensor:
+            return self.options.scale * encoder.cosines([replace(s, image=boxed(s.image, side)) for s in shown])
+
+        return scored(samples, len(samples) or 1, values)
+
+
+def boxed(image: Tensor, side: int) -> Tensor:
+    """`3 H W` in [0, 1] to `3 side side`: the longer side is scaled to `side`, and black is put around the rest."""
+    picture = Image.fromarray(to_bytes(image))
+    scale = side / max(picture.size)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
 
 
 class SiglipScoreOptions(EncoderOptions):
