@@ -47,7 +47,9 @@ class HpsV2(RewardModel[HpsV2Options]):
     card of the weights.
 
     As its authors do, a picture is scaled until its longer side has 224 pixels, and black is put around it to a square:
-    nothing is cut off. Known holes. It sees 224 x 224 pixels, of a long picture fewer, and 77 tokens. It likes saturated, glossy and
+    nothing is cut off.
+
+    Known holes. It sees 224 x 224 pixels, of a long picture fewer, and 77 tokens. It likes saturated, glossy and
     plain-background pictures, and is the reward most often seen to be gamed that way. The authors' script resizes
     float tensors, here it is bytes by Pillow, so scores differ from theirs in the third digit. It does not apply to
     edits.
