@@ -18,6 +18,7 @@ from velatura.rewards.aesthetic import Aesthetic, AestheticOptions
 from velatura.rewards.dual_encoder import to_bytes
 from velatura.rewards.image_reward import ImageReward, ImageRewardOptions
 from velatura.rewards.preference import HpsV2, HpsV2Options, SiglipScore, SiglipScoreOptions
+from velatura.rewards.ratings import EditReward, EditRewardOptions, HpsV3, HpsV3Options
 
 TEXTS = ("a red fox in the snow", "two blue birds", "an old map of a town")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -232,3 +233,22 @@ def test_a_picture_that_is_not_finite_has_no_score_and_spoils_no_other(folder, h
         scores = made.score(spoilt)
         assert scores.status == (Status.OK, Status.FAILED, Status.OK)
         torch.testing.assert_close(scores.values[[0, 2]], made.score(shown).values[[0, 2]], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda **o: HpsV2(HpsV2Options(path="none", **o)),
+        lambda **o: SiglipScore(SiglipScoreOptions(path="none", **o)),
+        lambda **o: Aesthetic(AestheticOptions(path="none", **o)),
+        lambda **o: ImageReward(ImageRewardOptions(path="none", **o)),
+        lambda **o: HpsV3(HpsV3Options(path="none", **o)),
+        lambda **o: EditReward(EditRewardOptions(path="none", prompts="none", **o)),
+    ],
+)
+def test_batch_and_device_are_no_part_of_a_published_reward(made, tmp_path):
+    context = Context(device=torch.device("cpu"), cache=tmp_path, seed=0, base=tmp_path)
+    assert made().operational == {"batch", "device"}
+    assert made().needs_card()
+    other = "fp32" if made().options.dtype == "bf16" else "bf16"
+    assert made(batch=2).fingerprint(context) == made().fingerprint(context) != made(dtype=other).fingerprint(context)

@@ -193,3 +193,18 @@ def test_pictures_are_resized_as_qwen_vl_utils_does_between_equal_limits(size, s
     from velatura.rewards.reward_token import sides_of
 
     assert sides_of(size, 28, 256 * 28 * 28) == sides
+
+
+def test_a_source_that_is_not_finite_costs_its_own_picture(edits):
+    first, second, third = samples(sources=1)
+    broken = replace(second, prompt=replace(second.prompt, sources=(torch.full((3, 30, 30), math.nan),)))
+    scores = editreward(edits[0]).score([first, broken, third])
+    assert scores.status == (Status.OK, Status.FAILED, Status.OK)
+    assert [bool(note) for note in scores.notes] == [True, False, True]
+
+
+def test_the_aspect_says_what_is_judged():
+    for aspect, dimension in {
+        "mean": "edit-instruction", "following": "edit-instruction", "quality": "edit-quality",
+    }.items():  # fmt: skip
+        assert EditReward(EditRewardOptions(prompts=".", aspect=aspect)).dimension() == dimension

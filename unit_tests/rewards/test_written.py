@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "judge"))
 import chat_server as serving
 import tiny_models
 
-from velatura.api import Context, Prompt, Sample, Status, VelaturaError
+from velatura.api import Context, Prompt, Sample, Status, Usage, VelaturaError
 from velatura.rewards import written
-from velatura.rewards.judge.chat import Asked, ChatOptions, LocalChat
+from velatura.rewards.judge.chat import Asked, ChatOptions, LocalChat, lengths_of
 from velatura.rewards.score_sheets import NoScores, checked_off, facets, labelled, pair
 from velatura.rewards.written import (
     EditScore,
@@ -250,6 +250,85 @@ def test_one_dead_reply_costs_one_picture(serve, folder):
     assert "500" in scores.reasons[1]
 
 
+def test_a_reply_that_was_cut_off_is_no_sheet(serve, folder):
+    """`Style Score: 3.25` cut within the number would read 3."""
+
+    def cut(question):
+        body = json.loads(serving.completion([SHEET.removesuffix(".25")]).body)
+        body["choices"][0]["finish_reason"] = "length"
+        return serving.Raw(json.dumps(body).encode())
+
+    reward = ready(UnifiedReward, UnifiedRewardOptions(**given(serve(cut))), folder)
+    scores = reward.score(samples(0.2))
+    assert scores.status == (Status.FAILED,)
+    assert "is cut off" in scores.reasons[0]
+    assert scores.notes == (SHEET.removesuffix(".25"),)
+
+
+def test_a_reply_of_a_local_model_is_cut_off_where_no_end_came():
+    made = torch.tensor([[5, 6, 7, 8], [5, 2, 0, 0], [5, 6, 7, 3], [2, 2, 2, 2]])
+    assert lengths_of(made, [2, 3]) == [(4, False), (2, True), (4, True), (1, True)]
+    assert lengths_of(made, 2)[2] == (4, False)
+
+
+def test_a_source_that_is_not_finite_costs_its_own_picture(serve, folder):
+    server = serve(by_pictures)
+    reward = ready(EditScore, EditScoreOptions(**given(server, prompts="vie_prompts.py")), folder)
+    broken = samples(0.2, sources=1)[0]
+    prompt = replace(broken.prompt, sources=(torch.full((3, 8, 8), math.nan),))
+    scores = reward.score([replace(broken, prompt=prompt), *samples(0.2, sources=1)])
+    assert scores.status == (Status.FAILED, Status.OK)
+    assert "sources" in scores.reasons[0]
+
+
+WAYS = [
+    (UnifiedReward, UnifiedRewardOptions, {}),
+    (EditScore, EditScoreOptions, {"prompts": "vie_prompts.py"}),
+    (QJudger, QJudgerOptions, {"prompts": "checklists.py"}),
+]
+
+
+@pytest.mark.parametrize(("component", "options", "more"), WAYS)
+def test_where_and_how_patiently_a_judge_is_asked_is_no_part_of_it(folder, component, options, more):
+    context = Context(device=torch.device("cpu"), cache=folder, seed=0, base=folder)
+    at = {"model": "m", "server": "http://a:1/v1"} | more
+
+    def known(**given):
+        return component(options(**at | given)).fingerprint(context)
+
+    assert component.cached
+    assert {"server", "timeout", "retries", "device", "batch_size"} <= component.operational
+    assert known(timeout=9, retries=1, concurrency=2) == known()
+    assert known(model="other") != known()
+    if more:
+        before = known()
+        (folder / more["prompts"]).write_text("CHANGED = ''")
+        assert known() != before
+
+
+def test_tokens_are_counted_as_the_server_says(serve, folder):
+    def counted(question):
+        body = json.loads(serving.completion([SHEET]).body) | {"usage": {"prompt_tokens": 30, "completion_tokens": 7}}
+        return serving.Raw(json.dumps(body).encode())
+
+    reward = UnifiedReward(UnifiedRewardOptions(**given(serve(counted))))
+    assert reward.usage() is None
+    reward.setup(Context(device=torch.device("cpu"), cache=folder, seed=0, base=folder))
+    before = reward.usage()
+    reward.score(samples(0.2, 0.4))
+    assert reward.usage() - before == Usage(prompt=60, completion=14)
+
+
+def test_what_is_judged_follows_from_the_options():
+    for axis, dimension in {
+        "mean": "alignment", "alignment": "alignment", "coherence": "quality", "style": "aesthetics",
+    }.items():  # fmt: skip
+        assert UnifiedReward(UnifiedRewardOptions(model="m", axis=axis)).dimension() == dimension
+    asked = {("Alignment",): "alignment", ("Aesthetics",): "aesthetics", ("Quality", "Alignment"): "quality"}
+    for dimensions, dimension in asked.items():
+        assert QJudger(QJudgerOptions(model="m", prompts="p", dimensions=dimensions)).dimension() == dimension
+
+
 def test_a_judge_that_is_not_there_is_said_at_the_beginning(folder):
     options = {"model": "m", "server": "http://127.0.0.1:9/v1", "retries": 0}
     with pytest.raises(VelaturaError, match=r"the judge of 'unified-reward' cannot be asked: no answer from"):
@@ -271,11 +350,13 @@ def test_a_local_judge_writes_what_its_model_generates(folder):
         Context(device=torch.device("cpu"), cache=folder, seed=0, base=folder),
     )
     pictures = [torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    said = [reply.text for reply in chat.ask([Asked(parts=["Look: ", picture, "Rate it."]) for picture in pictures])]
+    replies = chat.ask([Asked(parts=["Look: ", picture, "Rate it."]) for picture in pictures])
+    said = [reply.text for reply in replies]
     net, processor = chat.model.net, image_only("Qwen2_5_VLProcessor").from_pretrained(path)
     text = (
         "<|im_start|>user\nLook: <|vision_start|><|image_pad|><|vision_end|>Rate it.<|im_end|>\n<|im_start|>assistant\n"
     )
+    cut, written = [], 0
     for picture, reply in zip(pictures, said, strict=True):
         from velatura.rewards.judge.pictures import to_picture
 
@@ -294,6 +375,11 @@ def test_a_local_judge_writes_what_its_model_generates(folder):
                 made.append(int(token))
                 ids = torch.cat([ids, token.view(1, 1)], 1)
         assert reply == processor.tokenizer.decode(made, skip_special_tokens=True)
+        cut.append(len(made) == 16)
+        written += min(len(made) + 1, 16)
+    assert [reply.is_cut for reply in replies] == cut
+    assert chat.usage.completion == written
+    assert chat.usage.prompt > 0
     reward = ready(UnifiedReward, UnifiedRewardOptions(model="model", tokens=16), folder)
     assert reward.score(samples(0.3)).status == (Status.FAILED,)  # random weights write no scores
 

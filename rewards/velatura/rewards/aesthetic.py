@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from velatura.api import Context, RewardModel, Sample, Scores, VelaturaError
+from velatura.api import Context, Sample, Scores, VelaturaError
 from velatura.rewards.dual_encoder import to_bytes
-from velatura.rewards.pretrained import NetworkOptions, opened, read_weights, ready, scored, weights_file
+from velatura.rewards.pretrained import NetworkOptions, NetworkReward, opened, read_weights, ready, scored, weights_file
 
 LAYER = re.compile(r"^(?:layers|scoring_head)\.(\d+)\.(weight|bias)$")
 """Names in the two published heads: improved-aesthetic-predictor's and aesthetic-predictor-v2-5's."""
@@ -34,7 +34,7 @@ class AestheticOptions(NetworkOptions):
     )
 
 
-class Aesthetic(RewardModel[AestheticOptions]):
+class Aesthetic(NetworkReward[AestheticOptions]):
     """How highly people rated pictures like this one, about 1 to 10: head(e / |e|), e the features of the picture.
 
     By default LAION's aesthetic predictor v2: CLIP ViT-L/14, its projected features, and five linear layers without
@@ -84,10 +84,6 @@ class Aesthetic(RewardModel[AestheticOptions]):
         encoder = opened(self.name, made, name, context, config=eye, dtype=self.options.precision)
         pictures = opened(self.name, transformers.AutoImageProcessor, name, context, "preprocessing", backend="pil")
         return encoder.to(self.options.place(context)).requires_grad_(False).train(False), pictures
-
-    def needs_card(self) -> bool:
-        """Learned."""
-        return True
 
     def dimension(self) -> str:
         """Taste."""

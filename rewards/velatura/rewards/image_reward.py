@@ -12,10 +12,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Scores, VelaturaError
+from velatura.api import Context, Prompt, Sample, Scores, VelaturaError
 from velatura.rewards.aesthetic import head_of
 from velatura.rewards.dual_encoder import to_bytes
-from velatura.rewards.pretrained import NetworkOptions, filled, opened, read_weights, ready, scored, weights_file
+from velatura.rewards.pretrained import (
+    NetworkOptions,
+    NetworkReward,
+    filled,
+    opened,
+    read_weights,
+    ready,
+    scored,
+    weights_file,
+)
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's answers on the authors' pictures; scores are standardised by them."""
@@ -49,7 +58,7 @@ class ImageRewardOptions(NetworkOptions):
     tokenizer: str = Field("bert-base-uncased", description="A folder, seen from the recipe, or a name on the hub.")
 
 
-class ImageReward(RewardModel[ImageRewardOptions]):
+class ImageReward(NetworkReward[ImageRewardOptions]):
     """How much people prefer a picture for its prompt, about -2 to 2: (head(h) - .167) / 1.033.
 
     h is the first state of BLIP's text encoder, which attends to the picture; BLIP and five linear layers were
@@ -78,10 +87,6 @@ class ImageReward(RewardModel[ImageRewardOptions]):
         tokenizer = opened(self.name, AutoTokenizer, options.tokenizer, context, "tokenizer")
         judge = Judge(self.name, path, json.loads(sizes.read_text()), tokenizer, options.precision)
         self._network = judge.to(options.place(context))
-
-    def needs_card(self) -> bool:
-        """Learned."""
-        return True
 
     def dimension(self) -> str:
         """What was asked for, and taste."""

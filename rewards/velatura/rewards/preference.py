@@ -14,10 +14,10 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Scores, VelaturaError
+from velatura.api import Context, Prompt, Sample, Scores, VelaturaError
 from velatura.rewards.dual_encoder import DualEncoder, EncoderOptions, to_bytes
 from velatura.rewards.open_clip_weights import to_transformers
-from velatura.rewards.pretrained import filled, read_weights, ready, scored, weights_file
+from velatura.rewards.pretrained import NetworkReward, filled, read_weights, ready, scored, weights_file
 
 HPS_BASE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """What HPS v2 was fine-tuned from."""
@@ -39,7 +39,7 @@ class HpsV2Options(EncoderOptions):
     scale: float = Field(100.0, gt=0, description="Cosines are multiplied by this; 1 is the published score.")
 
 
-class HpsV2(RewardModel[HpsV2Options]):
+class HpsV2(NetworkReward[HpsV2Options]):
     """How much people prefer a picture for its prompt: scale cos(picture, text), with the weights of HPS v2.1.
 
     A CLIP ViT-H-14 fine-tuned on 800,000 choices of people (arXiv:2306.09341). Its file has open_clip's names, which
@@ -76,10 +76,6 @@ class HpsV2(RewardModel[HpsV2Options]):
         weights = read_weights(self.name, path)
         named = weights if "visual_projection.weight" in weights else to_transformers(weights)
         return filled(self.name, path, CLIPModel, config, named)
-
-    def needs_card(self) -> bool:
-        """Learned."""
-        return True
 
     def dimension(self) -> str:
         """Taste, more than what was asked for."""
@@ -123,7 +119,7 @@ class SiglipScoreOptions(EncoderOptions):
     )
 
 
-class SiglipScore(RewardModel[SiglipScoreOptions]):
+class SiglipScore(NetworkReward[SiglipScoreOptions]):
     """Whether a picture and its prompt belong together, as SigLIP was trained to say: exp(scale) cos + bias.
 
     Unlike the cosines of `clip-score` these logits mean something alone: the sigmoid of one is the probability that the
@@ -150,10 +146,6 @@ class SiglipScore(RewardModel[SiglipScoreOptions]):
                 f"'{self.name}': {options.path!r} is no SigLIP, it has no logit bias. 'clip-score' takes any CLIP."
             )
         self._encoder = encoder
-
-    def needs_card(self) -> bool:
-        """Learned."""
-        return True
 
     def dimension(self) -> str:
         """What is there."""

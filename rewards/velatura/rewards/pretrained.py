@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from velatura.api import Context, Options, Sample, Scores, Status, VelaturaError
+from velatura.api import Context, Options, RewardModel, Sample, Scores, Status, VelaturaError
+from velatura.core.fingerprint import options_fingerprint
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 """Of files that hold weights."""
+Given = TypeVar("Given", bound=Options)
 NOT_FINITE = "The picture holds values that are not finite."
 
 
@@ -35,6 +37,20 @@ class NetworkOptions(Options):
     def precision(self) -> torch.dtype:
         """Of the network."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+
+class NetworkReward(RewardModel[Given]):
+    """A reward of published weights: learned, and the same in whatever batches and on whatever device."""
+
+    operational = frozenset({"batch", "device"})
+
+    def fingerprint(self, context: Context) -> str:
+        """Changes with all options but the size of a batch, and with the files that they name."""
+        return options_fingerprint(self, context, ("batch",))
+
+    def needs_card(self) -> bool:
+        """Learned."""
+        return True
 
 
 def weights_file(user: str, path: str, file: str | None, revision: str | None, context: Context) -> Path:
@@ -173,9 +189,23 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__).removesuffix(".")
 
 
-def scored(samples: Sequence[Sample], size: int, judge: Callable[[Sequence[Sample]], Tensor]) -> Scores:
-    """What `judge` says, [n] for n pictures, `size` at a time; pictures or values that are not finite fail."""
-    status = [Status.OK if bool(sample.image.isfinite().all()) else Status.FAILED for sample in samples]
+def image_alone(sample: Sample) -> Sequence[Tensor]:
+    """What is shown of a sample by judges that look at no source."""
+    return (sample.image,)
+
+
+def is_finite(pictures: Sequence[Tensor]) -> bool:
+    """Whether all of them can be shown."""
+    return all(bool(picture.isfinite().all()) for picture in pictures)
+
+
+def scored(
+    samples: Sequence[Sample], size: int, judge: Callable[[Sequence[Sample]], Tensor],
+    shows: Callable[[Sample], Sequence[Tensor]] = image_alone,
+) -> Scores:  # fmt: skip
+    """What `judge` says, [n] for n pictures, `size` at a time; values that are not finite fail, and so do samples of
+    which it is shown (`shows`) a picture that is not."""
+    status = [Status.OK if is_finite(shows(sample)) else Status.FAILED for sample in samples]
     reasons = ["" if state is Status.OK else NOT_FINITE for state in status]
     shown = [row for row, state in enumerate(status) if state is Status.OK]
     values = torch.zeros(len(samples))

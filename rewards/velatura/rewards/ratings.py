@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status
+from velatura.api import Context, Prompt, Sample, Scores, Status
 from velatura.rewards.author_texts import in_package, texts_in
-from velatura.rewards.pretrained import ready, scored, weights_file
+from velatura.rewards.pretrained import NetworkReward, image_alone, is_finite, ready, scored, weights_file
 from velatura.rewards.reward_token import RewardToken, RewardTokenOptions, plain, said
 
 HPS_PACKAGE = "hpsv3==1.0.0"
@@ -42,7 +42,7 @@ class HpsV3Options(RewardTokenOptions):
     )
 
 
-class HpsV3(RewardModel[HpsV3Options]):
+class HpsV3(NetworkReward[HpsV3Options]):
     """How much people prefer a picture for its prompt: the mean that HPSv3 gives it; about -5 to 15.
 
     Qwen2-VL 7B with three layers on the state of a special token, fine-tuned on 1.17 million comparisons
@@ -74,10 +74,6 @@ class HpsV3(RewardModel[HpsV3Options]):
         self._question = (question, ending)
         path = weights_file(self.name, options.path, options.file, options.revision, context)
         self._judge = RewardToken(self.name, path, options.base, ("rm_head.",), options, context)
-
-    def needs_card(self) -> bool:
-        """Learned."""
-        return True
 
     def dimension(self) -> str:
         """Taste, more than what was asked for."""
@@ -120,7 +116,7 @@ class EditRewardOptions(RewardTokenOptions):
     )
 
 
-class EditReward(RewardModel[EditRewardOptions]):
+class EditReward(NetworkReward[EditRewardOptions]):
     """How good experts would find an edit, about -3 to 3: mean of a head for the instruction and one for quality.
 
     Qwen2.5-VL 7B (or MiMo-VL), fine-tuned on 200,000 comparisons (TIGER-Lab, arXiv:2509.26346); each head answers a
@@ -154,13 +150,9 @@ class EditReward(RewardModel[EditRewardOptions]):
         path = weights_file(self.name, options.path, options.file, options.revision, context)
         self._judge = RewardToken(self.name, path, options.base, tuple(heads.values()), options, context)
 
-    def needs_card(self) -> bool:
-        """Learned."""
-        return True
-
     def dimension(self) -> str:
-        """Whether the edit was made."""
-        return "edit-instruction"
+        """Whether the edit was made, or, where `aspect` is that alone, how it looks."""
+        return "edit-quality" if self.options.aspect == "quality" else "edit-instruction"
 
     def applies(self, prompt: Prompt) -> bool:
         """Edits."""
@@ -177,7 +169,7 @@ class EditReward(RewardModel[EditRewardOptions]):
             ]
             return torch.stack(found).mean(0)
 
-        return rated(samples, answers)
+        return rated(samples, answers, lambda sample: (*sample.prompt.sources[:1], sample.image))
 
 
 def asked(question: str, ending: str, prompt: str) -> str:
@@ -185,8 +177,10 @@ def asked(question: str, ending: str, prompt: str) -> str:
     return question.replace("{text_prompt}", plain(prompt)) + ending
 
 
-def rated(samples: Sequence[Sample], answers: Answer) -> Scores:
-    """[B] means of `answers` [B 2], with notes."""
+def rated(
+    samples: Sequence[Sample], answers: Answer, shows: Callable[[Sample], Sequence[Tensor]] = image_alone
+) -> Scores:
+    """[B] means of `answers` [B 2], with notes; `shows`: which pictures of a sample are read."""
     notes: list[str] = []
 
     def means(shown: Sequence[Sample]) -> Tensor:
@@ -194,8 +188,8 @@ def rated(samples: Sequence[Sample], answers: Answer) -> Scores:
         notes.extend(said(answer) for answer in found)
         return found[:, 0]
 
-    scores = scored(samples, len(samples) or 1, means)
+    scores = scored(samples, len(samples) or 1, means, shows)
     given = iter(notes)
-    seen = [bool(sample.image.isfinite().all()) for sample in samples]
+    seen = [is_finite(shows(sample)) for sample in samples]
     told = tuple(next(given) if is_seen else "" for is_seen in seen)
     return replace(scores, notes=tuple(n if s is Status.OK else "" for n, s in zip(told, scores.status, strict=True)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status, VelaturaError
+from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status, Usage, VelaturaError
+from velatura.core.fingerprint import options_fingerprint
 from velatura.rewards.author_texts import in_package, texts_in
 from velatura.rewards.judge.chat import Asked, Chat, ChatOptions, Written, opened_chat
+from velatura.rewards.judge.options import OPERATIONAL, PATIENCE
 from velatura.rewards.judge.rubric import Part
 from velatura.rewards.judge.scoring import REFUSALS, Verdict, as_scores, failed
 from velatura.rewards.pretrained import ready
@@ -49,7 +51,28 @@ CHECKLISTS = {
     "Real-world Fidelity": "REAL_WORLD_FIDELITY_CHECKLIST",
     "Creative Generation": "CREATIVE_GENERATION_CHECKLIST",
 }
+Given = TypeVar("Given", bound=ChatOptions)
 Reading = Callable[[Sequence[str]], Verdict]
+
+
+class WritesScores(RewardModel[Given]):
+    """What the judges of this file have in common: slow, an opinion, and the same wherever they run."""
+
+    cached = True
+    operational = OPERATIONAL
+    _chat: Chat | None = None
+
+    def fingerprint(self, context: Context) -> str:
+        """Changes with all options but those of patience, and with the files that they name."""
+        return options_fingerprint(self, context, PATIENCE)
+
+    def needs_card(self) -> bool:
+        """An opinion."""
+        return True
+
+    def usage(self) -> Usage | None:
+        """Tokens of all replies so far."""
+        return None if self._chat is None else self._chat.usage
 
 
 class UnifiedRewardOptions(ChatOptions):
@@ -61,7 +84,7 @@ class UnifiedRewardOptions(ChatOptions):
     )
 
 
-class UnifiedReward(RewardModel[UnifiedRewardOptions]):
+class UnifiedReward(WritesScores[UnifiedRewardOptions]):
     """The scores that UnifiedReward 2.0 writes for a picture, 1 to 5: alignment, coherence, style, or their mean.
 
     Qwen-VLs of 2 to 72 billion parameters, fine-tuned to rate (arXiv:2503.05236); serve CodeGoat24/UnifiedReward-2.0-*
@@ -74,7 +97,6 @@ class UnifiedReward(RewardModel[UnifiedRewardOptions]):
     """
 
     name = "unified-reward"
-    _chat: Chat | None = None
     _question = UNIFIED
 
     def setup(self, context: Context) -> None:
@@ -87,13 +109,9 @@ class UnifiedReward(RewardModel[UnifiedRewardOptions]):
             self._question = question_in(self.name, context, self.options.prompt_file)
         self._chat = opened_chat(self.name, self.options, context)
 
-    def needs_card(self) -> bool:
-        """An opinion."""
-        return True
-
     def dimension(self) -> str:
-        """What was asked for."""
-        return "alignment"
+        """What its axis is about; of the mean, what was asked for."""
+        return {"coherence": "quality", "style": "aesthetics"}.get(self.options.axis, "alignment")
 
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""
@@ -132,7 +150,7 @@ class EditScoreOptions(ChatOptions):
         return passes
 
 
-class EditScore(RewardModel[EditScoreOptions]):
+class EditScore(WritesScores[EditScoreOptions]):
     """How good an edit is, 0 to 10: sqrt(min(followed, not overdone) · min(natural, without artifacts)).
 
     EditScore (VectorSpaceLab, arXiv:2509.23909): Qwen2.5-VL of 7 to 72 billion parameters or Qwen3-VL, fine-tuned to
@@ -147,7 +165,6 @@ class EditScore(RewardModel[EditScoreOptions]):
     """
 
     name = "editscore"
-    _chat: Chat | None = None
     _questions: tuple[str, str] = ("", "")
 
     def setup(self, context: Context) -> None:
@@ -165,10 +182,6 @@ class EditScore(RewardModel[EditScoreOptions]):
         first, second = (text.replace("10", str(HIGHEST)) for text in (followed, natural))
         self._questions = ("\n".join([head, rule, first]), "\n".join([head, second]))
         self._chat = opened_chat(self.name, self.options, context)
-
-    def needs_card(self) -> bool:
-        """An opinion."""
-        return True
 
     def dimension(self) -> str:
         """Whether the edit was made."""
@@ -236,7 +249,7 @@ class QJudgerOptions(ChatOptions):
         return names
 
 
-class QJudger(RewardModel[QJudgerOptions]):
+class QJudger(WritesScores[QJudgerOptions]):
     """The marks of Q-Judger, the judge of Qwen-Image-Bench, 0 to 100: mean over dimensions, headings and facets.
 
     Qwen3.6-27B, fine-tuned to mark every facet of a checklist as failed, passed or excellent, 0, 60 and 100 (arXiv:
@@ -249,7 +262,6 @@ class QJudger(RewardModel[QJudgerOptions]):
     """
 
     name = "q-judger"
-    _chat: Chat | None = None
     _system, _question = "", ""
     _lists: tuple[str, ...] = ()
 
@@ -274,13 +286,10 @@ class QJudger(RewardModel[QJudgerOptions]):
         self._asked("", self.options.dimensions[0], lists[0])
         self._chat = opened_chat(self.name, self.options, context)
 
-    def needs_card(self) -> bool:
-        """An opinion."""
-        return True
-
     def dimension(self) -> str:
-        """What its question asks about."""
-        return "quality"
+        """What its questions ask about; of several, quality."""
+        only = self.options.dimensions[0] if len(self.options.dimensions) == 1 else ""
+        return {"Alignment": "alignment", "Aesthetics": "aesthetics"}.get(only, "quality")
 
     def applies(self, prompt: Prompt) -> bool:
         """Prompts that draw from text."""
@@ -341,12 +350,17 @@ def question_in(user: str, context: Context, file: str) -> str:
 
 def judged(samples: Sequence[Sample], chat: Chat, asked: Sequence[Sequence[Asked]], read: Reading) -> Scores:
     """[B]: what `read` makes of the replies to the questions about each picture, all sent at once."""
-    shown = [row for row, sample in enumerate(samples) if bool(sample.image.isfinite().all())]
+    shown = [row for row, questions in enumerate(asked) if all(map(_is_finite, questions))]
     replies = iter(chat.ask([question for row in shown for question in asked[row]]))
-    verdicts = [failed("The picture holds values that are not finite") for _ in samples]
+    verdicts = [failed("The picture, or one of its sources, holds values that are not finite") for _ in samples]
     for row in shown:
         verdicts[row] = verdict_on([next(replies) for _ in asked[row]], read)
     return as_scores(verdicts)
+
+
+def _is_finite(question: Asked) -> bool:
+    """Whether every picture in it can be shown."""
+    return all(bool(part.isfinite().all()) for part in question.parts if isinstance(part, Tensor))
 
 
 def verdict_on(replies: Sequence[Written], read: Reading) -> Verdict:
@@ -355,6 +369,8 @@ def verdict_on(replies: Sequence[Written], read: Reading) -> Verdict:
         if reply.status is not Status.OK:
             return Verdict(status=reply.status, reason=reply.reason)
     texts = [reply.text for reply in replies]
+    if any(reply.is_cut for reply in replies):
+        return failed("the judge's reply is cut off: it has as many tokens as it may have; raise `tokens`", texts[-1])
     try:
         return read(texts)
     except NoScores as error:

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from velatura.api import Context, Options, Status, VelaturaError
+from velatura.api import Context, Options, Status, Usage, VelaturaError
 from velatura.rewards.judge.options import SERVER_ONLY
 from velatura.rewards.judge.pictures import data_url, to_picture
 from velatura.rewards.judge.replies import Malformed, parsed
@@ -89,10 +89,16 @@ class Written:
     text: str = ""
     status: Status = Status.OK
     reason: str = ""
+    is_cut: bool = False
+    """Whether the reply ended because it had as many tokens as it may have."""
 
 
 class Chat(Protocol):
     """Answers questions."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens read and written so far; None where a server does not say."""
 
     def ask(self, questions: Sequence[Asked]) -> list[Written]:
         """One reply per question, in their order."""
@@ -122,6 +128,7 @@ class ServerChat:
     def __init__(self, user: str, options: ChatOptions) -> None:
         """Nothing is sent yet."""
         self.user, self.options = user, options
+        self.usage: Usage | None = None
 
     def ask(self, questions: Sequence[Asked]) -> list[Written]:
         """One reply per question, in their order."""
@@ -168,13 +175,15 @@ class ServerChat:
             reply = parsed(answer.content)
         except Malformed as error:
             raise Unanswered(str(error), passing=True) from error
+        if reply.usage is not None:
+            self.usage = (self.usage or Usage()) + reply.usage
         wanted = self.options.served_as or self.options.model
         if reply.model != wanted and reply.model.partition("@")[0] != wanted:
             reason = f"{self.options.server} answered for model {reply.model!r}, not for {wanted!r} (see `served_as`)"
             raise Unanswered(reason, passing=False)
         if reply.refusal:
             return Written(status=Status.REFUSED, reason=reply.refusal)
-        return Written(text=reply.text)
+        return Written(text=reply.text, is_cut=reply.is_cut)
 
 
 class LocalChat:
@@ -186,7 +195,7 @@ class LocalChat:
 
         folder = context.resolve(options.model)
         device = options.device or str(context.device)
-        self.options = options
+        self.options, self.usage = options, Usage()
         self.model = shared_model(str(folder) if folder.is_dir() else options.model, options.dtype, device)
         logger.debug("{} writes {} tokens at most", options.model, options.tokens)
 
@@ -205,9 +214,10 @@ class LocalChat:
         settings: Any = transformers.GenerationConfig
         net, processor = self.model.net, self.model.processor
         own = net.generation_config.eos_token_id
+        ends = own if own is not None else self.model.tokenizer.eos_token_id
         config = settings(
             max_new_tokens=self.options.tokens, do_sample=False, pad_token_id=self.model.tokenizer.pad_token_id,
-            eos_token_id=own if own is not None else self.model.tokenizer.eos_token_id,
+            eos_token_id=ends,
         )  # fmt: skip
         with self.model.lock, torch.inference_mode():
             processor.tokenizer.padding_side = "left"
@@ -220,7 +230,10 @@ class LocalChat:
                 n: v.to(net.device, net.dtype) if v.is_floating_point() else v.to(net.device) for n, v in batch.items()
             }
             made = net.generate(**moved, generation_config=config)[:, moved["input_ids"].shape[1] :]
-        return [Written(text=str(text)) for text in processor.batch_decode(made, skip_special_tokens=True)]
+        lengths = lengths_of(made, ends)
+        self.usage += Usage(prompt=int(batch["attention_mask"].sum()), completion=sum(length for length, _ in lengths))
+        texts = processor.batch_decode(made, skip_special_tokens=True)
+        return [Written(text=str(text), is_cut=not ended) for text, (_, ended) in zip(texts, lengths, strict=True)]
 
     def _row(self, question: Asked) -> tuple[str, list[Image.Image]]:
         """The question as the model reads it, and the pictures in it."""
@@ -231,3 +244,9 @@ class LocalChat:
             chat.insert(0, {"role": "system", "content": [{"type": "text", "text": question.system}]})
         text = self.model.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return str(text), shown
+
+
+def lengths_of(made: Tensor, ends: int | Sequence[int]) -> list[tuple[int, bool]]:
+    """Tokens of each reply of [B L], its end among them and the padding after it not; and whether it came to an end."""
+    is_end = torch.isin(made, torch.tensor(ends, device=made.device)).cpu()
+    return [(int(row.int().argmax()) + 1, True) if bool(row.any()) else (len(row), False) for row in is_end]

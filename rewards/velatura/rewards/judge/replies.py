@@ -53,6 +53,8 @@ class Reply:
     """Why the server or its filter refused."""
     usage: Usage | None = None
     """Tokens that it took; None where the server does not say."""
+    is_cut: bool = False
+    """Whether it ended because it had as many tokens as it may have."""
 
     @property
     def states_no_score(self) -> bool:
@@ -79,7 +81,8 @@ def parsed(body: bytes) -> Reply:
         if not isinstance(text, str) or not isinstance(model, str):
             raise Malformed("the server's reply holds something else than text")
         return Reply(
-            text=text, model=model, tokens=_tokens(choices[0]), refusal=_refusal(choices[0]), usage=_usage(content)
+            text=text, model=model, tokens=_tokens(choices[0]), refusal=_refusal(choices[0]), usage=_usage(content),
+            is_cut=choices[0].get("finish_reason") == "length",
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Malformed(f"the server's answer is no chat completion ({type(error).__name__}: {error})") from error
