@@ -85,7 +85,8 @@ class FaceIdentity(RewardModel[IdentityOptions]):
     instruction removes, replaces, hides, turns, ages or stylises it (read by words, English and Chinese; the metadata
     field `keeps_identity` overrules them).
 
-    Known holes. Leaving the source as it is scores 1: give instruction rewards twice the weight. Blur and low
+    Known holes. Leaving the source as it is scores 1: give instruction rewards twice the weight. Words tell a style
+    from a thing in the picture most of the time: an instruction that is misread excuses its faces. Blur and low
     resolution count as another face; glasses, beards and age move it; people of one family, children, and groups rare
     in its training data (mostly celebrities) are told apart less well. Profiles and painted faces are not found.
     """

@@ -67,12 +67,27 @@ CHANGES: Mapping[str, re.Pattern[str]] = {
     ),
 }
 """What is done to a face so that it cannot, or need not, be recognised afterwards."""
-STYLISES = re.compile(
-    rf"\bstyli[sz]e|\b{STYLES}[- ](?:\w+ )?(?:style|version|look|effect|filter|character)\b|\bin (?:the )?style of\b"
-    rf"|\b{VERBS}\b.*\b{STYLES}\b|\b(?:into|as|like) (?:a|an) (?:[\w-]+ ){{0,3}}{STYLES}\b"
-    rf"|^(?:an? )?(?:[\w-]+ ){{0,2}}{STYLES}$"
-    r"|(?:卡通|动漫|漫画|油画|水彩|素描|插画|像素|乐高|雕像|手办|粘土|黏土|吉卜力|皮克斯|迪士尼|版画|国画|水墨|简笔画|3D).{0,4}(?:风|版|化|画|效果|形象|$)"
+LOOK = (
+    r"(?:(?!(?:from|of|off|on|in|near|around|behind|beside|to|with|by|at|into|and|next|front|holding|looking)\b)"
+    rf"[\w-]+ ){{0,3}}{STYLES}\b"
 )
+"""A style with a few words before it, none of which makes it a thing in the picture."""
+WHOLE_PICTURE = rf"(?:{PERSON}|it|this|image|photo|photograph|picture|portrait|scene|everything)"
+THINGS = r"(?:add|put|insert|place|include|remove|delete|hang|give|hold|holding|keep|the|a|an|no)"
+"""Words before a style that make it a thing, also in a clause that says nothing else."""
+CHINESE_STYLES = (
+    "(?:卡通|动漫|漫画|油画|水彩|素描|插画|像素|乐高|雕像|手办|粘土|黏土|吉卜力|皮克斯|迪士尼|版画|国画|水墨|简笔画|3D)"
+)
+STYLISES = re.compile(
+    rf"\bstyli[sz]e|\b{STYLES}[- ](?:\w+ )?(?:style|version|look|effect|filter)\b|\bin (?:the )?style of\b"
+    rf"|\b(?:into|as|like) (?:(?:a|an|the) )?{LOOK}"
+    rf"|\b{VERBS}\b.*(?<!next )(?<!close )(?<!closer )\bto an? {LOOK}|\b{VERBS}\b.*\bin {STYLES}\b"
+    rf"|\b(?:make|turn|render)\s+{GAP}{WHOLE_PICTURE}\s+an? {LOOK}"
+    rf"|^(?:an? )?(?:(?!{THINGS}\b)[\w-]+ ){{0,2}}{STYLES}$"
+    rf"|{CHINESE_STYLES}.{{0,2}}(?:风|版|化|效果|形象)|(?:成|为|像|用|以).{{0,6}}{CHINESE_STYLES}"
+    rf"|^(?:一张|一幅)?{CHINESE_STYLES}[画图]?$"
+)
+"""The picture, or who is in it, becomes one of these; that one stands or hangs in it does not count."""
 ADDS = re.compile(
     rf"\b(?:add|insert|include|put|place)\s+(?:{GAP}){PERSON}{STOP}"
     r"|(?:添加|加上|增加|加入)[^的]{0,8}(?:人|男孩|女孩|孩子)"
