@@ -18,6 +18,7 @@ from velatura.core.judge import Judge, WeightedReward
 from velatura.rewards.faces import options
 from velatura.rewards.faces.identity import REMEMBERED, FaceIdentity, IdentityOptions
 from velatura.rewards.faces.matching import assigned, ramp
+from velatura.rewards.faces.portrait import PortraitChecks
 from velatura.rewards.faces.reading import Faces
 
 SKY = "make the sky pink"
@@ -298,3 +299,29 @@ def test_prompts_without_a_source_are_not_judged(reward, people):
     prompt = Prompt(id="0", text=SKY, task="t2i")
     assert not reward.applies(prompt)
     assert reward.score([sample(people[0])]).status == (Status.NOT_APPLICABLE,)
+
+
+@pytest.mark.parametrize("component", [FaceIdentity, PortraitChecks])
+@pytest.mark.parametrize("root", ["~/insight", "insight"])
+def test_weights_of_insightface_are_a_part_of_the_reward(component, root, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    held = tmp_path / "insight" / "models" / "tiny"
+    held.mkdir(parents=True)
+    given = {"insightface_model": "tiny", "accept_non_commercial": True, "insightface_root": root}
+
+    def known(backend="insightface", **more):
+        reward = component(component.options_class(backend=backend, **given | more))
+        return reward.fingerprint(context(tmp_path)), dict(reward.identity())
+
+    (held / "det.onnx").write_bytes(b"one")
+    before, own = known(), known("own")
+    assert known(batch=3) == before
+    (held / "det.onnx").write_bytes(b"another")
+    after = known()
+    assert after[0] != before[0]
+    assert (after[1] != before[1]) == root.startswith("~")  # elsewhere the card reads the option's folder
+    assert root.startswith("insight") or known("own") == own
+
+
+def test_where_faces_are_read_is_no_part_of_the_reward():
+    assert FaceIdentity.operational == PortraitChecks.operational == {"batch", "device"}

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status, VelaturaError
+from velatura.api import Context, Prompt, Sample, Scores, Status, VelaturaError
 from velatura.rewards.faces.instructions import adds_people, changed
 from velatura.rewards.faces.matching import assigned, ramp
-from velatura.rewards.faces.options import FaceOptions, asked_for, open_reader
+from velatura.rewards.faces.options import FaceOptions, FaceReward, asked_for, open_reader
 from velatura.rewards.faces.reading import Faces, Reader
 from velatura.rewards.measured import Measured, measured
 
@@ -71,7 +71,7 @@ class Wanted:
     """Why there are none."""
 
 
-class FaceIdentity(RewardModel[IdentityOptions]):
+class FaceIdentity(FaceReward[IdentityOptions]):
     """Share of the source's persons that the edit still shows, in [0, 1].
 
     r = sum_j q_j v_j / sum_j q_j - extra e / J, at least 0, over the J faces of the source that can be recognised, with

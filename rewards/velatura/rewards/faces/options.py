@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 from loguru import logger
 from pydantic import Field, model_validator
 
-from velatura.api import Context, Options, Prompt, VelaturaError
+from velatura.api import Context, Options, Prompt, RewardModel, VelaturaError
+from velatura.core.fingerprint import files_hash, options_fingerprint
 from velatura.rewards.faces.reading import OwnReader, Reader
+
+Given = TypeVar("Given", bound="FaceOptions")
 
 
 class FaceOptions(Options):
@@ -45,6 +49,32 @@ class FaceOptions(Options):
                 "MIT and CC0"
             )
         return self
+
+
+def weights_of(options: FaceOptions, base: Path) -> dict[str, str]:
+    """File -> SHA-256 of the InsightFace weights, seen from the folder `base`; the package knows those of `own`."""
+    if options.backend == "own":
+        return {}
+    folder = base / Path(options.insightface_root).expanduser() / "models" / options.insightface_model
+    return {file.name: files_hash(file) for file in sorted(folder.glob("*.onnx"))}
+
+
+class FaceReward(RewardModel[Given]):
+    """What the rewards of faces have in common: neither device nor batch is a part of them, and their weights are."""
+
+    operational = frozenset({"batch", "device"})
+
+    def fingerprint(self, context: Context) -> str:
+        """Changes with all options but the size of a batch and the place of weights, and with the weights."""
+        options = options_fingerprint(self, context, ("batch", "insightface_root"))
+        held = weights_of(self.options, context.base)
+        return "-".join([options, *(f"{name}:{digest}" for name, digest in held.items())])
+
+    def identity(self) -> Mapping[str, str]:
+        """The content of InsightFace weights whose place does not depend on the recipe's folder."""
+        if not Path(self.options.insightface_root).expanduser().is_absolute():
+            return {}
+        return {f"weights {name}": digest[:16] for name, digest in weights_of(self.options, Path()).items()}
 
 
 def open_reader(user: str, options: FaceOptions, context: Context) -> Reader:

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status, VelaturaError
+from velatura.api import Context, Prompt, Sample, Scores, Status, VelaturaError
 from velatura.rewards.brisque import Regression, features_of, folder_of_parameters, luminance
 from velatura.rewards.faces.matching import ramp
-from velatura.rewards.faces.options import FaceOptions, asked_for, open_reader
+from velatura.rewards.faces.options import FaceOptions, FaceReward, asked_for, open_reader
 from velatura.rewards.faces.reading import Faces, Reader
 from velatura.rewards.measured import Measured, measured
 
@@ -43,7 +43,7 @@ class PortraitOptions(FaceOptions):
     )
 
 
-class PortraitChecks(RewardModel[PortraitOptions]):
+class PortraitChecks(FaceReward[PortraitOptions]):
     """Whether a portrait shows the faces it was asked for, well enough to be found; in [0, 1].
 
     r = sum of the n best q / n - extra e / n, at least 0: n faces asked for, e those beyond, and q the geometric mean
