@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from pydantic import ValidationError
 
 from velatura.api import Context, Prompt, Rated, Sample, Status, VelaturaError
+from velatura.core.fingerprint import reward_fingerprint
+from velatura.core.registry import Registry
+from velatura.core.reward_settings import RewardRef
 from velatura.rewards.judge.fresh import Fresh, fresh_model
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pairs import VlmPairsOptions
@@ -83,6 +87,37 @@ def test_what_was_saved_marks_as_the_network_in_training_did(context: Context, t
     assert facts["rubric"] == model.rubric.digest == judge.rubric.digest
     assert (facts["dimension"], facts["reasoning_tokens"]) == ("alignment", 0)
     assert judge.options.reasoning_tokens == 0  # not the 256 of a judge that nobody fitted
+
+
+def test_a_judge_is_known_by_what_is_in_its_folder_and_not_by_where_that_lies(context: Context, tmp_path: Path) -> None:
+    """Before `setup`, which is when a run asks, and after it; a move changes nothing, another fit does."""
+    model = made(context, fresh=SMALL)
+    net = model.load(CPU)
+    model.save(net, tmp_path / "judge", {})
+    judge = VlmJudge(VlmJudgeOptions(path="judge"))
+    before = judge.fingerprint(context)
+    judge.setup(context)
+    assert judge.fingerprint(context) == before
+    shutil.copytree(tmp_path / "judge", tmp_path / "elsewhere" / "other")
+    assert VlmJudge(VlmJudgeOptions(path="elsewhere/other")).fingerprint(context) == before
+    absolute = str(tmp_path / "elsewhere" / "other")
+    assert VlmJudge(VlmJudgeOptions(path=absolute, batch_size=2)).fingerprint(context) == before
+    train(model, net, rated(), 1)
+    model.save(net, tmp_path / "judge", {})
+    assert VlmJudge(VlmJudgeOptions(path="judge")).fingerprint(context) != before
+
+
+def test_a_run_asks_for_the_fingerprint_of_a_judge_by_its_folder(context: Context, tmp_path: Path) -> None:
+    model = made(context, fresh=SMALL)
+    model.save(model.load(CPU), tmp_path / "judge", {})
+    ref = RewardRef.model_validate({"use": "vlm-judge", "with": {"path": "judge"}})
+    assert reward_fingerprint(Registry.discover(), ref, context)
+
+
+def test_before_setup_nobody_knows_the_rubric_of_a_folder(context: Context) -> None:
+    for options in (VlmJudgeOptions(path="judge"), VlmJudgeOptions(rubric="mine.yaml", model="m")):
+        with pytest.raises(VelaturaError, match=r"the rubric of (judge|mine\.yaml) is read by `setup`"):
+            VlmJudge(options).applies(Prompt(id="p", text="a wall", task="t2i"))
 
 
 @pytest.mark.parametrize("family", ["qwen3-vl", "qwen2.5-vl"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from loguru import logger
 
-from velatura.api import Context, Prompt, RewardModel, Sample, Usage
-from velatura.core.fingerprint import options_fingerprint
+from velatura.api import Context, Prompt, RewardModel, Sample, Usage, VelaturaError
+from velatura.core.fingerprint import files_hash, named_contents
+from velatura.core.recipe import content_hash
+from velatura.rewards.judge.fitted import settled
 from velatura.rewards.judge.options import PATIENCE, VlmJudgeOptions
 from velatura.rewards.judge.rubric import Question, Rubric, is_file_name, load_rubric, shipped_rubric
 from velatura.rewards.judge.scoring import Verdict
@@ -28,22 +31,36 @@ class Backend(Protocol):
 
 
 def rubric_of(options: VlmJudgeOptions, context: Context | None = None) -> Rubric:
-    """The rubric that the options name; one of the user's own needs a context to be found.
+    """The rubric that the options name; one of the user's own, or of a judge's folder, needs a context to be found.
 
     Raises:
-        VelaturaError: it is missing or broken.
+        VelaturaError: it is missing or broken, or asked for before `setup` said where it lies.
     """
     if context is not None and is_file_name(options.rubric):
         return load_rubric(context.resolve(options.rubric))
+    if dimension_of(options) == "custom":
+        raise VelaturaError(
+            f"the rubric of {options.path or options.rubric} is read by `setup`, which has not been called. Call "
+            f"setup(context) first: the context says which folder paths are seen from."
+        )
     return load_rubric(shipped_rubric(options.rubric))
 
 
 def judge_fingerprint(judge: RewardModel[Any], context: Context) -> str:
     """Of the options that scores depend on, the model's folder, what the rubric says, shipped or one's own, and, of a
-    server that was asked, whether scores are expectations or means of stated levels."""
-    options = options_fingerprint(judge, context, PATIENCE)
+    server that was asked, whether scores are expectations or means of stated levels. Of a judge from a judge-fit stage
+    the content counts, not the place; before and after `setup` it is the same.
+
+    Raises:
+        VelaturaError: there is no such rubric, or no such judge.
+    """
+    own = settled(judge.options, context)
+    placed = ("path", "rubric", "model") if own.path is not None else ()
+    given = own.model_dump(mode="json", exclude={*PATIENCE, *placed})
+    folder = [files_hash(Path(own.model))] if own.path is not None else []
+    options = content_hash([judge.name, given, list(named_contents(given, context.base).values()), folder])
     kind = getattr(getattr(judge, "_backend", None), "has_logprobs", "")
-    return f"{options}-{rubric_of(judge.options, context).digest}-{kind}"
+    return f"{options}-{rubric_of(own, context).digest}-{kind}"
 
 
 def dimension_of(options: VlmJudgeOptions) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from velatura.api import Context, VelaturaError
+from velatura.core.fingerprint import files_hash
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.rubric import load_rubric
 
@@ -21,6 +22,8 @@ BROUGHT = ("reasoning_tokens", "max_pixels", "min_mass")
 
 def settled(options: VlmJudgeOptions, context: Context) -> VlmJudgeOptions:
     """The options with what the judge behind `path` brings along; as they are where there is no `path`.
+
+    `path` stays, so that what made the rubric and the model can be told; settled twice they are the same.
 
     Raises:
         VelaturaError: there is no judge, or its parts do not belong together.
@@ -36,7 +39,7 @@ def settled(options: VlmJudgeOptions, context: Context) -> VlmJudgeOptions:
             f"{odd[0]} is {getattr(options, odd[0])}, and the judge in {folder} was fitted with {own[odd[0]]}. Its "
             f"scores would mean something else: leave the option out."
         )
-    brought = {"path": None, "rubric": str(folder / RUBRIC_FILE), "model": str(folder), **own}
+    brought = {"rubric": str(folder / RUBRIC_FILE), "model": str(folder), **own}
     if "min_mass" not in options.model_fields_set:
         brought["min_mass"] = facts["min_mass"]
     return options.model_copy(update=brought)
@@ -75,6 +78,5 @@ def weights_digest(folder: Path) -> str:
     """Of all safetensors files of a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(files_hash(path)))
     return digest.hexdigest()[:16]
