@@ -13,6 +13,9 @@ from chat_server import Question, Raw, scored
 from pydantic import ValidationError
 
 from velatura.api import Context, Status
+from velatura.core.base_settings import Ref
+from velatura.core.cards.identity import differences, identity_of
+from velatura.core.registry import Registry
 from velatura.rewards.judge.parts import VlmParts, VlmPartsOptions
 from velatura.rewards.judge.rubric import load_rubric, shipped_rubric
 
@@ -109,3 +112,39 @@ def test_what_a_card_and_a_cache_know_it_by_has_every_rubric() -> None:
     assert sorted(one.identity()) == ["part 1, rubric content", "part 2, rubric content"]
     assert one.identity() != other.identity()
     assert one.fingerprint(context) != other.fingerprint(context)
+
+
+def known_by(tmp_path: Path, **judge: Any) -> dict[str, str]:
+    """What a card knows it by: a rubric that ships, one of the user's own, and options of the judge."""
+    given = {"parts": [{"rubric": "alignment"}, {"rubric": "mine.yaml", "weight": 2}], "judge": {"model": "m"} | judge}
+    return identity_of(Registry.discover(), Ref.model_validate({"use": "vlm-parts", "with": given}), tmp_path)
+
+
+def test_a_card_holds_when_the_server_moves_and_falls_with_a_rubric_or_a_model(tmp_path: Path) -> None:
+    rubric, model = tmp_path / "mine.yaml", tmp_path / "folder"
+    rubric.write_text(shipped_rubric("aesthetics").read_text())
+    before = known_by(tmp_path, server="http://a:1/v1", timeout=3)
+    assert known_by(tmp_path, server="http://b:2/v1", timeout=9, concurrency=4) == before
+    assert known_by(tmp_path, server="http://a:1/v1", samples=2) != before
+    rubric.write_text(shipped_rubric("portrait").read_text())
+    assert [said.split(" was ")[0] for said in differences(before, known_by(tmp_path, server="http://a:1/v1"))] == [
+        "option parts.2.rubric"
+    ]
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    before = known_by(tmp_path, model="folder", batch_size=2)
+    assert known_by(tmp_path, model="./folder", device="cuda:1") == before
+    (model / "config.json").write_text('{"layers": 2}')
+    assert [said.split(" was ")[0] for said in differences(before, known_by(tmp_path, model="folder"))] == [
+        "option judge.model"
+    ]
+
+
+def test_how_patiently_it_is_asked_changes_no_kept_score(context: Context) -> None:
+    judge = {"model": "m", "server": "http://a:1/v1"}
+    patient, quick = (VlmParts(options(judge=judge | own)) for own in ({"timeout": 99, "concurrency": 2}, {}))
+    assert patient.fingerprint(context) == quick.fingerprint(context)
+    other = VlmParts(options(judge=judge | {"samples": 2}))
+    assert other.fingerprint(context) != quick.fingerprint(context)
+    weighted = VlmParts(options(judge=judge, parts=[{"rubric": "alignment"}, {"rubric": "aesthetics"}]))
+    assert weighted.fingerprint(context) != quick.fingerprint(context)

@@ -127,7 +127,8 @@ class RewardModel(Component[O]):
         """One score per sample, higher is better. What cannot be judged gets a `Status`, never a made-up number."""
 
     operational: ClassVar[frozenset[str]] = frozenset()
-    """Options that say where and how fast it runs, not what it says: a reward card holds whatever they are."""
+    """Options that say where and how fast it runs, not what it says: a reward card holds whatever they are. One within
+    another is named with dots: `judge.server`."""
 
     def needs_card(self) -> bool:
         """Whether it is an opinion, prompted or learned, and no measurement: a policy is trained on one that a reward

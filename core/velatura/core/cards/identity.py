@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,16 @@ READ = 2**20
 
 def identity_of(registry: Registry, ref: Ref, base: Path) -> dict[str, str]:
     """Name -> value: component, version, every option that changes what it says, and what the reward adds (a rubric's
-    content). Of files and folders that options name the content counts, not the place."""
+    content). Of files and folders that options name, however deep, the content counts, not the place."""
     model = build(registry, "reward", ref)
     if not isinstance(model, RewardModel):
         raise TypeError(f"{ref.use} is no reward")
     info = registry.info("reward", ref.use)
     given = model.options.model_dump(mode="json")
     parts = {"component": ref.use, "version": info.version or file_hash(Path(info.distribution))[:16]}
-    for name, value in given.items():
-        if name not in model.operational:
-            content = _content(base, value)
-            parts[f"option {name}"] = f"{Path(value).name} ({content})" if content else _written(value)
+    for name, value in _leaves(given, model.operational):
+        content = _content(base, value)
+        parts[f"option {name}"] = f"{Path(value).name} ({content})" if content else _written(value)
     return {**parts, **model.identity()}
 
 
@@ -47,6 +46,18 @@ def differences(card: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         if before != after:
             said.append(f"{name} was {before or 'not set'} and is {after or 'not set'}")
     return said
+
+
+def _leaves(value: Any, without: Container[str], name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name -> value of options within options; lists count from 1, and what is empty stays as it is."""
+    if name in without:
+        return
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value, 1) if isinstance(value, list) else ()
+    if not inner or not value:
+        yield name, value
+        return
+    for key, item in inner:
+        yield from _leaves(item, without, f"{name}.{key}" if name else str(key))
 
 
 def _written(value: Any) -> str:

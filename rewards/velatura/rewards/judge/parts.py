@@ -63,7 +63,7 @@ class VlmParts(RewardModel[VlmPartsOptions]):
 
     name = "vlm-parts"
     cached = True
-    operational = OPERATIONAL
+    operational = frozenset(f"judge.{name}" for name in OPERATIONAL)
 
     @cached_property
     def _judges(self) -> list[VlmJudge]:
@@ -89,7 +89,7 @@ class VlmParts(RewardModel[VlmPartsOptions]):
 
     def fingerprint(self, context: Context) -> str:
         """Changes with what its parts depend on."""
-        return "-".join([options_fingerprint(self, context), *(judge.fingerprint(context) for judge in self._judges)])
+        return "-".join([options_fingerprint(self, context, ("judge",)), *(judge.fingerprint(context) for judge in self._judges)])
 
     def usage(self) -> Usage | None:
         """Tokens of all parts."""
