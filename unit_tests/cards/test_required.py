@@ -182,3 +182,20 @@ def test_report_and_closing_say_which_rewards_were_not_validated(recipe, tmp_pat
     page = build_report(run).read_text()
     assert "without a passing reward card" not in page
     assert "<td>passes</td>" in page
+
+
+def test_a_reward_whose_weight_is_calibrated_trains_whatever_weight_it_has_in_the_stage(recipe):
+    path = recipe()
+    data = yaml.safe_load(path.read_text())
+    rl = data["stages"]["teacher"]
+    rl |= {"rewards": [{**REWARD, "weight": 0.0}], "weights_from": "weigh"}
+    data["stages"]["weigh"] = {
+        "stage": "calibrate", "task": "tinyworld", "rewards": [{**REWARD, "weight": 0.0}],
+        "budgets": {"default": {"looks": 1.0}},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(data))
+    assert "reward 'looks' (sim/contrast) is an opinion" in refused(path)
+    rl["rewards"].append("tinyworld-alignment")
+    data["stages"]["weigh"] |= {"rewards": ["tinyworld-alignment"], "budgets": {"default": {"tinyworld-alignment": 1}}}
+    path.write_text(yaml.safe_dump(data))
+    assert warnings(path) == []

@@ -236,6 +236,9 @@ def _put_aside(folder: Path, stages: Sequence[str]) -> None:
 
 def _begin_stage(plan: Plan, name: str, label: str) -> dict[str, Any] | None:
     """The manifest of a stage that is to be run or resumed; None where it is done."""
+    from velatura.core.cards.required import check_cards
+
+    check_cards(plan.recipe, plan.registry, name)  # once more: a judge may have been made since the run began
     folder = plan.folder / name
     inputs = stage_inputs(plan, name)
     manifest_path = folder / "manifest.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from velatura.core.build import build
@@ -70,17 +71,22 @@ def _of_stage(recipe: Recipe, registry: Registry, name: str) -> Iterator[Standin
     stage = recipe.stage(name)
     if not isinstance(stage, RLStage):
         return
+    source: Any = recipe.stage(stage.weights_from) if stage.weights_from is not None else None
+    calibrated = {ref.label for ref in source.rewards} if source is not None else set()  # whatever weight they have here
     for index, ref in enumerate(stage.rewards):
         at = recipe.at(("stages", name, "rewards", index))
         model = build(registry, "reward", ref, at)
-        trains = ref.weight > 0 or any(weight > 0 for weight in ref.weight_by_category.values())
+        trains = ref.label in calibrated or ref.weight > 0 or any(w > 0 for w in ref.weight_by_category.values())
         if isinstance(model, RewardModel) and (ref.card is not None or (trains and model.needs_card())):
             yield _standing(recipe, registry, name, ref, at)
 
 
 def _standing(recipe: Recipe, registry: Registry, name: str, ref: RewardRef, at: str) -> Standing:
-    identity, why = identity_of(registry, ref, recipe.folder.resolve()), "it has no reward card"
-    if ref.card is not None:
+    opened = ref.opened(Path(recipe.output or ""))
+    identity, why = identity_of(registry, opened, recipe.folder.resolve()), "it has no reward card"
+    if ref.judge is not None and not Path(str(opened.with_["path"])).is_dir():
+        why = _no_judge_yet(recipe, name, ref.judge)
+    elif ref.card is not None:
         place = f"{at}.card"
         card = read_card(recipe.folder / ref.card, place)
         require_same(card, identity, place)
@@ -90,6 +96,13 @@ def _standing(recipe: Recipe, registry: Registry, name: str, ref: RewardRef, at:
         stage=name, reward=ref.label, use=ref.use, at=at, fingerprint=digest_of(identity), card=ref.card,
         passes=not why, why=why,
     )  # fmt: skip
+
+
+def _no_judge_yet(recipe: Recipe, name: str, judge: str) -> str:
+    return (
+        f"its judge is yet to be made, so no card can be about it (first 'velatura run {recipe.file} --stage {judge} "
+        f"stages.{name}.allow_unvalidated_reward=true')"
+    )
 
 
 def _refusal(recipe: Recipe, found: Standing) -> str:

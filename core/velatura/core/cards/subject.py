@@ -29,8 +29,9 @@ def subject_of_recipe(plan: Plan, name: str | None, stage: str | None, device: s
         name = wanted[0]
     if name not in found:
         raise RecipeError(f"the recipe has no reward called {name!r}.{suggest(name, found)}")
-    served = set_up_reward(plan.registry, found[name], name, recipe_context(plan, device))
-    return Subject(served=served, identity=identity_of(plan.registry, found[name], plan.base))
+    ref = found[name].opened(plan.folder)
+    served = set_up_reward(plan.registry, ref, name, recipe_context(plan, device))
+    return Subject(served=served, identity=identity_of(plan.registry, ref, plan.base))
 
 
 def subject_by_name(
@@ -55,7 +56,7 @@ def _rewards(plan: Plan, stage: str | None) -> dict[str, RewardRef]:
         if kind != "reward" or not isinstance(ref, RewardRef) or stage not in (None, where):
             continue
         known, first = found.setdefault(ref.label, (ref, str(where)))
-        if (known.use, known.with_) != (ref.use, ref.with_):
+        if (known.use, known.given) != (ref.use, ref.given):
             raise RecipeError(
                 f"stages '{first}' and '{where}' have different rewards called {ref.label!r}. Say which is meant: "
                 f"--stage {first}"
