@@ -88,6 +88,22 @@ def test_a_rubric_that_is_not_for_the_prompt_is_left_out(serve: Make, parts: Mak
     assert made.status == (Status.OK,) and float(made.values[0]) == pytest.approx(0.75, abs=1e-3)
 
 
+def test_a_picture_cannot_get_rid_of_a_part_by_an_answer_of_not_applicable(
+    serve: Make, parts: Make, pictures: Make
+) -> None:
+    """The dark picture's portrait part says N/A: it has no score, and not that of the other part."""
+
+    def answer(question: Question) -> Raw:
+        about_faces = load_rubric(shipped_rubric("portrait")).criteria[0] in question.parts[0]["text"]
+        return scored({"N/A" if about_faces and question.pictures[-1].mean() < 128 else "4": 1.0})
+
+    own = [{"rubric": "edit-quality"}, {"rubric": "alignment"}, {"rubric": "portrait"}]
+    made = parts(serve(answer), parts=own).score(pictures([0.2, 0.8]))
+    assert made.status == (Status.NOT_APPLICABLE, Status.OK)
+    assert made.reasons == ("portrait: the judge answered N/A", "")
+    assert made.values.tolist() == pytest.approx([0.0, 0.75], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -486,3 +486,13 @@ def test_a_reward_that_fails_on_the_grey_picture_is_warned_about(answering: Make
     finally:
         logger.remove(number)
     assert "failed on a grey picture: no weights" in "".join(said)
+
+
+def test_the_word_that_it_needs_a_card_changes_no_kept_score() -> None:
+    context = Context(device=torch.device("cpu"), cache=Path(), seed=0, base=Path())
+    given = {"server": "http://localhost:1", "reward": "r"}
+    plain, opinion, other = (
+        Http(HttpOptions.model_validate(given | own)).fingerprint(context)
+        for own in ({}, {"needs_card": True}, {"max_pixels": 4096})
+    )
+    assert plain == opinion != other

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import httpx2
 
 
-PATIENCE = ("batch_size", "concurrency", "timeout", "retries", "backoff", "deadline", "token_env")
+PATIENCE = ("batch_size", "concurrency", "timeout", "retries", "backoff", "deadline", "token_env", "needs_card")
 """Options that no score depends on."""
 
 

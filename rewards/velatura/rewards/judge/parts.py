@@ -58,7 +58,8 @@ class VlmParts(RewardModel[VlmPartsOptions]):
 
     x_k = (r_k - lowest) / (highest - lowest) of the score r_k by rubric k, w_k its weight over those that apply;
     geometric: exp(sum_k w_k log max(x_k, floor)), soft-minimum: -(1 / beta) log sum_k w_k exp(-beta x_k),
-    mean: sum_k w_k x_k. A part that fails fails the picture; one that does not apply is left out.
+    mean: sum_k w_k x_k. A part whose rubric is for other prompts is left out. A picture that one of the
+    others gives no score has none, also where it says N/A: otherwise a picture could get rid of its weakest part.
     """
 
     name = "vlm-parts"
@@ -108,11 +109,11 @@ class VlmParts(RewardModel[VlmPartsOptions]):
         weight = torch.tensor([part.weight for part in self.options.parts], dtype=torch.float64) * valid
         share = weight / weight.sum(1, keepdim=True).clamp_min(1e-30)
         combined = self._combined(values.where(valid, 1.0), share)
-        outcome = [self._outcome(row) for row in status.tolist()]
+        outcome = [self._outcome(columns, i, sample.prompt) for i, sample in enumerate(samples)]
         return Scores(
-            values=combined.where(valid.any(1), 0.0).float(),
-            status=tuple(outcome),
-            reasons=tuple(self._reason(columns, i, found) for i, found in enumerate(outcome)),
+            values=combined.where(torch.tensor([found is Status.OK for found, _ in outcome]), 0.0).float(),
+            status=tuple(found for found, _ in outcome),
+            reasons=tuple(why for _, why in outcome),
             notes=tuple(self._note(columns, i) for i in range(len(samples))),
         )
 
@@ -136,19 +137,14 @@ class VlmParts(RewardModel[VlmPartsOptions]):
             return soft_minimum(values, share, self.options.beta)
         return (share * values).sum(1)
 
-    @staticmethod
-    def _outcome(row: Sequence[int]) -> Status:
-        """The worst of the parts; OK where those that apply are."""
-        for bad in (Status.FAILED, Status.REFUSED):
-            if int(bad) in row:
-                return bad
-        return Status.OK if int(Status.OK) in row else Status.NOT_APPLICABLE
-
-    def _reason(self, columns: Sequence[Scores], i: int, outcome: Status) -> str:
-        if outcome is Status.OK:
-            return ""
-        guilty = next(k for k, column in enumerate(columns) if column.status[i] is outcome)
-        return f"{self.options.parts[guilty].rubric}: {columns[guilty].reasons[i]}"
+    def _outcome(self, columns: Sequence[Scores], i: int, prompt: Prompt) -> tuple[Status, str]:
+        """The worst of the parts whose rubric is for the prompt, and why; OK where all of them are."""
+        asked = [k for k, judge in enumerate(self._judges) if judge.applies(prompt)]
+        for bad in (Status.FAILED, Status.REFUSED, Status.NOT_APPLICABLE):
+            for k in asked:
+                if columns[k].status[i] is bad:
+                    return bad, f"{self.options.parts[k].rubric}: {columns[k].reasons[i]}"
+        return (Status.OK, "") if asked else (Status.NOT_APPLICABLE, "the rubrics are for other prompts")
 
     def _note(self, columns: Sequence[Scores], i: int) -> str:
         return "\n---\n".join(
