@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from velatura.api import AdvantageEstimator, Calibration, Prompt, RewardReport, Status, VelaturaError
+from velatura.core.errors import RecipeError
 from velatura.core.judge import WeightedReward
+from velatura.core.weight_ledger import require_prepared
 from velatura.plugins.tinyworld.task import TinyWorld
 from velatura.rewards.advantages import GroupZ, GroupZOptions, RawSum
 from velatura.rewards.reliability import PooledStd, PooledStdOptions, ReliabilityZ, ReliabilityZOptions
@@ -219,6 +221,20 @@ def test_the_noise_of_every_weighted_reward_has_to_be_known() -> None:
     assert "how noisy 'b' is" in said and "weights_from" in said
     assert reliability(noise={"a": 0.1}).complaint(weights, calibrated=True) == ""
     assert "Did you mean 'alarm'?" in reliability(noise={"alrm": 0.1}).complaint(weights, calibrated=True)
+
+
+def test_a_noise_that_is_missing_in_a_category_is_said_before_anything_is_drawn() -> None:
+    """Where the reward has a weight; where it has none nothing is asked, also in a batch of both."""
+    estimator = reliability(noise={"a": {"general": 0.1}})
+    reward = WeightedReward(label="a", at="", model=Aesthetics(), weight_by_category={"portrait": 0.0})
+    general = replace(TinyWorld().prompts("train")[0], category="general")
+    portrait = replace(general, category="portrait")
+    require_prepared(estimator, [reward], [general, portrait], "here")
+    with pytest.raises(RecipeError, match=r"here: .*noise of reward 'a' is not known .* 'portrait'"):
+        require_prepared(estimator, [replace(reward, weight_by_category={})], [general, portrait], "here")
+    mixed = report(drawn(2, [1.0], [0.1])[1], [{}, {"categories": {"portrait": 1.0}}])
+    mixed = replace(mixed, weight=(mixed.group == 0).float()[:, None])
+    assert estimator.estimate(mixed).values[:G].abs().sum() > 0
 
 
 def prompt(categories: object) -> Prompt:

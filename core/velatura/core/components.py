@@ -244,6 +244,11 @@ class AdvantageEstimator(Component[O]):
     def calibrate(self, calibration: Calibration) -> None:
         """What a calibrate stage measured, given once after `setup` where the stage takes its weights from one."""
 
+    def unprepared(self, weights: Mapping[str, Mapping[str, float]]) -> str:
+        """What it does not know of the stage's prompts (category -> reward -> largest weight there), empty when nothing
+        is missing. Asked once after `calibrate`, before anything is drawn."""
+        return ""
+
     def state_dict(self) -> Mapping[str, Tensor]:
         """What it remembers of earlier steps, as tensors for the checkpoint; nothing by default."""
         return {}

@@ -17,7 +17,9 @@ import torch
 from velatura.core.calibrated import Calibration
 from velatura.core.calibration import Statistics
 from velatura.core.checkpoint import write_json_atomic
-from velatura.core.errors import CheckpointError, RecipeError
+from velatura.core.components import AdvantageEstimator
+from velatura.core.errors import CheckpointError, RecipeError, prefixed
+from velatura.core.judge import WeightedReward
 from velatura.core.types import Prompt
 from velatura.core.weighing import Weighed
 
@@ -132,3 +134,23 @@ def require_calibrated(calibration: Calibration, prompts: Sequence[Prompt], stag
             f"{at}: '{stage}' calibrated {', '.join(sorted(calibration.weights))}, but there are prompts of category "
             f"{', '.join(map(repr, missing))}. Let it draw prompts of every category, best from the same task."
         )
+
+
+def require_prepared(
+    advantage: AdvantageEstimator[Any], rewards: Sequence[WeightedReward], prompts: Sequence[Prompt], at: str
+) -> None:
+    """The advantage knows what it has to of every category that a reward has a weight in.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    if type(advantage).unprepared is AdvantageEstimator.unprepared:
+        return  # no prompt has to be looked at
+    weights: dict[str, dict[str, float]] = {}
+    for i in range(len(prompts)):
+        for category in prompts[i].membership:
+            own = weights.setdefault(category, {})
+            for reward in rewards:
+                own[reward.label] = max(own.get(reward.label, 0.0), reward.weight_for(prompts[i]))
+    if complaint := advantage.unprepared(weights):
+        raise RecipeError(prefixed(at, complaint))

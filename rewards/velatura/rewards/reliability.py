@@ -173,6 +173,14 @@ class ReliabilityZ(AdvantageEstimator[ReliabilityZOptions]):
         """Noise and correlations, where the options do not give them."""
         self._calibration = calibration
 
+    def unprepared(self, weights: Mapping[str, Mapping[str, float]]) -> str:
+        """The noise of each weighted reward is known in each category."""
+        for category, own in weights.items():
+            for name, weight in own.items():
+                if weight > 0 and self._known_noise(name, category) is None:
+                    return _unknown(name, category)
+        return ""
+
     def estimate(self, report: RewardReport) -> Advantages:
         """[B] advantages; learns the spread and the correlations of this batch first."""
         shares = memberships(report.prompts)
@@ -209,31 +217,32 @@ class ReliabilityZ(AdvantageEstimator[ReliabilityZOptions]):
 
     def _noise(self, report: RewardReport, shares: Mapping[str, Tensor]) -> Tensor:
         """[P R] std of the noise; of several categories the root of the mean variance."""
-        weighted = [bool((report.weight[:, r] > 0).any()) for r in range(len(report.names))]
+        weighted = per_group((report.weight > 0).double(), report.group, len(report.prompts)) > 0
         by_category = {
             category: torch.tensor(
                 [
                     self._noise_of(name, category) ** 2 if asked else 0.0
-                    for name, asked in zip(report.names, weighted, strict=True)
+                    for name, asked in zip(report.names, weighted[share > 0].any(0).tolist(), strict=True)
                 ],
                 dtype=torch.float64,
             )
-            for category in shares
+            for category, share in shares.items()
         }
         return mixed(by_category, shares).sqrt()
 
     def _noise_of(self, name: str, category: str) -> float:
+        known = self._known_noise(name, category)
+        if known is None:
+            raise VelaturaError(f"advantage 'reliability-z': {_unknown(name, category)}")
+        return known
+
+    def _known_noise(self, name: str, category: str) -> float | None:
+        """Of a reward in a category, from the options or else from the calibration."""
         given = self.options.noise.get(name)
-        measured = self._calibration.noise.get(category, {}) if self._calibration is not None else {}
         if isinstance(given, Mapping):
             given = given.get(category)
-        known = given if given is not None else measured.get(name)
-        if known is None:
-            raise VelaturaError(
-                f"advantage 'reliability-z': the noise of reward {name!r} is not known for prompts of category "
-                f"{category!r}. Give it in `noise`, or calibrate that category."
-            )
-        return float(known)
+        measured = self._calibration.noise.get(category, {}) if self._calibration is not None else {}
+        return given if given is not None else measured.get(name)
 
     def _correlation(self, report: RewardReport, shares: Mapping[str, Tensor]) -> Tensor:
         """[P R R]."""
@@ -241,6 +250,13 @@ class ReliabilityZ(AdvantageEstimator[ReliabilityZOptions]):
             return self._moments.correlation(shares, self.options.prior_groups)
         known = {c: self._calibration.correlation(c, report.names).double() for c in shares}
         return mixed(known, shares)
+
+
+def _unknown(name: str, category: str) -> str:
+    return (
+        f"the noise of reward {name!r} is not known for prompts of category {category!r}. Give it in `noise`, or "
+        f"calibrate that category."
+    )
 
 
 def memberships(prompts: tuple[Prompt, ...]) -> dict[str, Tensor]:

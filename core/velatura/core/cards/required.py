@@ -72,7 +72,9 @@ def _of_stage(recipe: Recipe, registry: Registry, name: str) -> Iterator[Standin
     if not isinstance(stage, RLStage):
         return
     source: Any = recipe.stage(stage.weights_from) if stage.weights_from is not None else None
-    calibrated = {ref.label for ref in source.rewards} if source is not None else set()  # whatever weight they have here
+    calibrated = (
+        {ref.label for ref in source.rewards} if source is not None else set()
+    )  # whatever weight they have here
     for index, ref in enumerate(stage.rewards):
         at = recipe.at(("stages", name, "rewards", index))
         model = build(registry, "reward", ref, at)

@@ -41,7 +41,7 @@ from velatura.core.types import (
     StepPlan,
     group_rows,
 )
-from velatura.core.weight_ledger import read_calibration, require_calibrated
+from velatura.core.weight_ledger import read_calibration, require_calibrated, require_prepared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +293,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     advantage = calibrated_advantage(stage, prompts)
     training.carry("advantage", advantage)
     with stage.judge(config.rewards, config.max_failed) as judge:
+        require_prepared(advantage, judge.rewards, prompts, stage.at("advantage"))
         loop = Loop(
             stage=stage,
             training=training,

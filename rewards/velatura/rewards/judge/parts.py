@@ -90,7 +90,9 @@ class VlmParts(RewardModel[VlmPartsOptions]):
 
     def fingerprint(self, context: Context) -> str:
         """Changes with what its parts depend on."""
-        return "-".join([options_fingerprint(self, context, ("judge",)), *(judge.fingerprint(context) for judge in self._judges)])
+        return "-".join(
+            [options_fingerprint(self, context, ("judge",)), *(judge.fingerprint(context) for judge in self._judges)]
+        )
 
     def usage(self) -> Usage | None:
         """Tokens of all parts."""
