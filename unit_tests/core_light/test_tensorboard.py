@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from velatura.api import CheckpointSaved, RunEnd, RunStart, StepEnd
@@ -36,6 +37,7 @@ def test_only_some_metrics(tmp_path: Path) -> None:
 
 def test_what_lay_beyond_the_checkpoint_is_hidden_after_a_resume(tmp_path: Path) -> None:
     watch(tmp_path, 0, 4)
+    time.sleep(1.1)  # TensorBoard reads files in the order of their seconds
     watch(tmp_path, 2, 3)
     assert [step for step, _ in curves(tmp_path)["loss"]] == [0, 1, 2]
 
