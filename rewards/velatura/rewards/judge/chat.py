@@ -17,13 +17,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from velatura.api import Context, Options, Status, Usage, VelaturaError
-from velatura.rewards.judge.options import SERVER_ONLY
+from velatura.rewards.judge.options import require_fitting_place
 from velatura.rewards.judge.pictures import data_url, to_picture
 from velatura.rewards.judge.replies import Malformed, parsed
 from velatura.rewards.judge.rubric import Question
 from velatura.rewards.transport import Exchange, Unanswered, bearer, checked_address, finished, new_client
-
-LOCAL_ONLY = ("batch_size", "dtype", "device")
 
 
 class ChatOptions(Options):
@@ -59,14 +57,7 @@ class ChatOptions(Options):
 
     @model_validator(mode="after")
     def _suits_its_place(self) -> Self:
-        foreign = LOCAL_ONLY if self.server else SERVER_ONLY
-        given = [name for name in foreign if name in self.model_fields_set]
-        if given:
-            place = "a model in this process, and `server` is given" if self.server else "a server, and none is given"
-            raise ValueError(f"{', '.join(given)}: this is for {place}")
-        reserved = {"model", "messages", "stream", "n"} & set(self.request)
-        if reserved:
-            raise ValueError(f"request must not set {', '.join(sorted(reserved))}")
+        require_fitting_place(self.server, self.model_fields_set, self.request)
         return self
 
 

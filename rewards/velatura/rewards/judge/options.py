@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +22,21 @@ OPERATIONAL = frozenset({
 })  # fmt: skip
 """Options that say where and how fast a judge runs, not what it says."""
 LOCAL_ONLY = ("batch_size", "dtype", "device")
+
+
+def require_fitting_place(server: str | None, given: Collection[str], request: Mapping[str, Any]) -> None:
+    """Options `given` go with a server where there is one and with a model in this process where there is none.
+
+    Raises:
+        ValueError: some are for the other place, or `request` sets what is not its own.
+    """
+    foreign = [name for name in (LOCAL_ONLY if server else SERVER_ONLY) if name in given]
+    if foreign:
+        place = "a model in this process, and `server` is given" if server else "a server, and none is given"
+        raise ValueError(f"{', '.join(foreign)}: this is for {place}")
+    reserved = {"model", "messages", "stream", "n"} & set(request)
+    if reserved:
+        raise ValueError(f"request must not set {', '.join(sorted(reserved))}")
 
 
 class VlmJudgeOptions(Options):
@@ -104,12 +120,5 @@ class VlmJudgeOptions(Options):
 
     @model_validator(mode="after")
     def _suits_its_place(self) -> Self:
-        foreign = LOCAL_ONLY if self.server else SERVER_ONLY
-        given = [name for name in foreign if name in self.model_fields_set]
-        if given:
-            place = "a model in this process, and `server` is given" if self.server else "a server, and none is given"
-            raise ValueError(f"{', '.join(given)}: this is for {place}")
-        reserved = {"model", "messages", "stream", "n"} & set(self.request)
-        if reserved:
-            raise ValueError(f"request must not set {', '.join(sorted(reserved))}")
+        require_fitting_place(self.server, self.model_fields_set, self.request)
         return self
