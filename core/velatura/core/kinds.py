@@ -13,6 +13,7 @@ from velatura.core.settings import (
     DistillStage,
     EvaluateStage,
     ExportStage,
+    MergeStage,
     RLStage,
     SupervisedStage,
 )
@@ -23,6 +24,7 @@ Stage = Annotated[
     | RLStage
     | DistillStage
     | SupervisedStage
+    | MergeStage
     | RateStage
     | JudgeFitStage
     | EvaluateStage
