@@ -138,6 +138,15 @@ def test_advantages_beyond_the_limit_count_as_the_limit() -> None:
     assert torch.equal(gradient(objective, beyond, velocity), gradient(objective, at, velocity))
 
 
+def test_learning_from_the_good_alone_leaves_the_others_at_zero_advantage() -> None:
+    advantage = torch.tensor([2.0, -1.0, 0.5, -3.0, 0.0, 4.0]).double()
+    velocity = velocities()
+    told = NFT(NFTOptions(positive_only=True, kl=0.0)).loss(points(advantage=advantage), velocity).value
+    good = NFT(NFTOptions(kl=0.0)).loss(points(advantage=advantage.clamp_min(0)), velocity).value
+    both = NFT(NFTOptions(kl=0.0)).loss(points(advantage=advantage), velocity).value
+    assert torch.equal(told, good) and not torch.allclose(told, both)
+
+
 def test_the_kl_adds_its_own_gradient_and_nothing_else() -> None:
     where, velocity = points(), velocities()
     plain, held = (gradient(NFT(NFTOptions(kl=kl)), where, velocity) for kl in (0.0, 0.3))

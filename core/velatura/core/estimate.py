@@ -92,7 +92,7 @@ def _evaluation(
     stage: Any = recipe.stage(name)
     found = []
     for model, routes in routes_of_models(recipe, name, prompts, look).items():
-        guided = folded_scale(recipe, registry, model) == 1
+        guided = stage.guide_folded or folded_scale(recipe, registry, model) == 1
         for route in routes:
             samples = _counted(prompts[route], stage.max_prompts) * stage.seeds_per_prompt
             for prompt, part in _kinds(prompts[route], samples):

@@ -328,6 +328,10 @@ class EvaluateStage(Settings):
     seeds_per_prompt: Count = Field(4, description="Pictures per prompt and model.")
     max_prompts: Count | None = Field(None, description="Look at the first so many prompts only.")
     bootstrap: Count = Field(2000, description="Resamples for the intervals.")
+    guide_folded: bool = Field(
+        False,
+        description="Also guide models that have guidance folded in, which compounds both: to see what that does.",
+    )
     cross_task: bool = Field(False, description="Also judge each teacher on the tasks it was not trained on.")
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from velatura.core import __version__
 from velatura.core.cli import (
+    ablate,
     check,
     evaluate,
     export,
@@ -34,6 +35,7 @@ VERBS = {
     "report": report,
     "export": export,
     "sample": sample,
+    "ablate": ablate,
     "rewards": rewards,
     "reward-card": reward_card,
     "serve-reward": serve_reward,

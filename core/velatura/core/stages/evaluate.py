@@ -86,7 +86,7 @@ def describe_model(stage: StageRun, model: str, routes: Sequence[str]) -> dict[s
         return facts
     result = manifest_of(stage.run_folder, model)["result"]
     facts["kind"] = stage.recipe.stage(model).stage
-    if result.get("folded"):
+    if result.get("folded") and not stage.config.guide_folded:
         facts["guidance"] = 1.0
     if "teachers" in result:
         facts["teachers"] = result["teachers"]

@@ -39,6 +39,9 @@ class NFTOptions(Options):
         description="`adaptive`: errors in x_0, divided by their own mean size, times max_advantage / beta, as "
         "released (weighs noise like t); `none`: squared errors in velocity, as in the paper's formula.",
     )
+    positive_only: bool = Field(
+        False, description="Learn only from samples better than their group: advantages below 0 count as 0."
+    )
     old_decay_rate: float = Field(0.001, ge=0, description="The old policy's EMA decay grows by this each step.")
     old_decay_max: float = Field(0.5, ge=0, lt=1, description="The old policy's EMA decay never exceeds this.")
 
@@ -76,7 +79,8 @@ class NFT(PolicyObjective[NFTOptions]):
         positive = self._error(old + shift - target, points.t)
         negative = self._error(old - shift - target, points.t)
         limit = self.options.max_advantage
-        r = (points.advantage.to(current.dtype) / (2 * limit) + 0.5).clamp(0, 1)
+        least = 0.5 if self.options.positive_only else 0.0
+        r = (points.advantage.to(current.dtype) / (2 * limit) + 0.5).clamp(least, 1)
         policy = r * positive + (1 - r) * negative
         metrics = {
             "policy": average(policy, points),

@@ -1,0 +1,78 @@
+"""Write docs/ablations.md from recipes/ablations and the results in docs/ablations: python docs/ablations_page.py [--check]."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from velatura.core.ablation.settings import Ablation, load_ablation
+
+HERE = Path(__file__).parent
+PAGE = HERE / "ablations.md"
+FILES = sorted((HERE.parent / "recipes" / "ablations").glob("*.yaml"))
+
+HEAD = """\
+# The claims of the papers, put to the test
+
+<!-- Written by docs/ablations_page.py from recipes/ablations and docs/ablations. -->
+
+Each file in [recipes/ablations](../recipes/ablations) asks one question of one recipe on the embedded world: a few
+variants ("arms"), each trained with several seeds, measured on held-out prompts with the same noises, and compared.
+The claim is *reproduced* when every prediction it makes has its 95 % interval above 0, and *not reproduced* otherwise:
+`opposite` means that the interval lies below 0, `open` that 0 is in it. Intervals are over training seeds and prompts
+together (two crossed sources of chance); with three seeds they are wide where seeds disagree, and that is what three
+seeds are worth. The world has pictures of 24 × 24 pixels and a transformer of 0.8 million parameters: what is found
+here says how the method behaves in this code and this world, not what a large model does.
+
+```sh
+velatura ablate recipes/ablations/guidance.yaml --jobs 2
+```
+
+runs the missing runs side by side, one for each core, with progress; stop it and the same command goes on. Arms share the
+stages that are the same in them. A run takes about three minutes on one core for the files about one teacher, and a
+quarter of an hour for those about two teachers and a student. Results go to `runs/ablations/NAME`: `verdict.md`,
+`figure.svg`, `results.json`, and every run as `velatura run` leaves it. To ask a question of your own, write such a
+file about your own recipe.
+
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    loaded = {path.stem: load_ablation(path) for path in FILES}
+    found = {name: _results(name) for name in loaded}
+    rows = ["| question | claim | verdict |", "|---|---|---|"]
+    for name, ablation in loaded.items():
+        verdict = found[name]["verdict"] if found[name] else "not run yet"
+        rows.append(f"| [{ablation.question}](#{name}) | {ablation.claim} | {verdict} |")
+    sections = [_section(name, ablation, found[name]) for name, ablation in loaded.items()]
+    return HEAD + "\n".join(rows) + "\n\n" + "\n".join(sections)
+
+
+def _results(name: str) -> dict[str, object]:
+    path = HERE / "ablations" / f"{name}.json"
+    loaded: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
+    return loaded
+
+
+def _section(name: str, ablation: Ablation, found: dict[str, object]) -> str:
+    lines = [f"## {name}", "", f"{ablation.question}", "", f"Claim: {ablation.claim} ({ablation.source})", ""]
+    if not found:
+        return "\n".join([*lines, f"Not run yet: `velatura ablate recipes/ablations/{name}.yaml`.", ""])
+    seeds = ", ".join(str(seed) for seed in found["seeds"])  # type: ignore[attr-defined]
+    lines += [f"**{str(found['verdict']).capitalize()}** (seeds {seeds}).", ""]
+    for test in found["tested"]:  # type: ignore[attr-defined]
+        where = f" ({test['route']}{', ' + test['category'] if test['category'] else ''})"
+        lines.append(
+            f"- {test['metric']}{where}: {test['more']} minus {test['than']} {test['value']:+.3f} "
+            f"[{test['low']:+.3f}, {test['high']:+.3f}], seeds {' '.join(f'{v:+.3f}' for v in test['by_seed'])}: "
+            f"{test['outcome']}"
+        )
+    return "\n".join([*lines, "", f"![{ablation.question}](ablations/{name}.svg)", ""])
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv and PAGE.read_text() != page():
+        sys.exit("docs/ablations.md is not what docs/ablations_page.py writes; run it")
+    PAGE.write_text(page())
