@@ -1,4 +1,4 @@
-"""Write docs/ablations.md from recipes/ablations and the results in docs/ablations: python docs/ablations_page.py [--check]."""
+"""Write docs/ablations.md from recipes/ablations and docs/ablations: python docs/ablations_page.py [--check]."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ variants ("arms"), each trained with several seeds, measured on held-out prompts
 The claim is *reproduced* when every prediction it makes has its 95 % interval above 0, and *not reproduced* otherwise:
 `opposite` means that the interval lies below 0, `open` that 0 is in it. Intervals are over training seeds and prompts
 together (two crossed sources of chance); with three seeds they are wide where seeds disagree, and that is what three
-seeds are worth. The world has pictures of 24 × 24 pixels and a transformer of 0.8 million parameters: what is found
+seeds are worth. The world has pictures of 24 by 24 pixels and a transformer of 0.8 million parameters: what is found
 here says how the method behaves in this code and this world, not what a large model does.
 
 ```sh
 velatura ablate recipes/ablations/guidance.yaml --jobs 2
 ```
 
-runs the missing runs side by side, one for each core, with progress; stop it and the same command goes on. Arms share the
-stages that are the same in them. A run takes about three minutes on one core for the files about one teacher, and a
+does the missing runs side by side, one for each core, with progress; stop it and the same command goes on. Arms share
+the stages that are the same in them. A run takes about three minutes on one core for the files about one teacher, and a
 quarter of an hour for those about two teachers and a student. Results go to `runs/ablations/NAME`: `verdict.md`,
 `figure.svg`, `results.json`, and every run as `velatura run` leaves it. To ask a question of your own, write such a
 file about your own recipe.
