@@ -165,6 +165,9 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(tmp_path: Path, velatu
     assert process.returncode == 2
     assert "process 1 was killed by SIGKILL" in said
     assert processes_of(run) == []
+    manifest = json.loads((run / "teacher_t2i" / "manifest.json").read_text())
+    assert manifest["status"] == "interrupted"
+    assert "process 1 was killed by SIGKILL" in manifest["error"]
     done = velatura(*arguments, "--stage", "teacher_t2i", cwd=tmp_path)
     assert "teacher_t2i: goes on from step" in done.stdout
     assert len(metrics(run, "teacher_t2i")) == 40

@@ -198,6 +198,32 @@ def test_failures_are_counted_and_enter_nothing(done: Path, start: Start) -> Non
     assert rows["single", "bright"]["noise"] == pytest.approx(0.01, rel=0.5)
 
 
+def test_what_failed_before_an_interruption_is_counted_with_the_rest(start: Start) -> None:
+    rewards = "[{use: noisy/brightness, name: bright, with: {fails: 0.2}}]"
+    rater = "[{use: noisy/brightness, dimension: looks, with: {fails: 0.2}}]"
+    given = (
+        "counting", "stages.teacher.weights_from=null", "stages.teacher.advantage=group-z", "task.with.count=12",
+        f"{STAGE}.rewards.0.with.fails=0.2", f"{STAGE}.max_failed=0.6",
+        "stages.choose={stage: curate, group_size: 8, repeats: 2, confirm: true, max_failed: 0.6, rewards: "
+        f"{rewards}, prompt_filter: {{use: range, with: {{quantile: 0.5}}}}}}",
+        f"stages.rated={{stage: rate, group_size: 8, max_failed: 0.6, raters: {rater}}}",
+    )  # fmt: skip
+
+    def failures(stage: str) -> tuple[int, Path]:
+        folder = start(*given, only=stage) / stage
+        return json.loads((folder / "manifest.json").read_text())["result"]["failures"], folder
+
+    for stage in ("weights", "choose", "rated"):
+        before, folder = failures(stage)
+        assert before > 0
+        for block in [path for path in folder.glob("blocks*/*") if path.name.startswith("000000")]:
+            block.unlink()
+        assert list(folder.glob("blocks*/*"))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+        assert failures(stage)[0] == before
+
+
 def test_a_curate_stage_compares_with_the_same_weights_in_units_of_each_spread(done: Path, start: Start) -> None:
     start(
         "done", "stages.choose={stage: curate, weights_from: weights, group_size: 4, prompt_filter: {use: range}}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from velatura.core.errors import RecipeError, VelaturaError
 from velatura.core.pipeline import run_pipeline
 from velatura.core.recipe import load_recipe
 from velatura.core.reward_settings import RewardRef
+from velatura.core.stages.judge_fit import parts_of
 
 FRESH = {"width": 32, "vision_width": 32, "layers": 1, "vision_layers": 1, "patch": 4}
 RATER = {"use": "tinyworld-rater", "dimension": "looks", "with": {"looks_at": "cleanliness"}}
@@ -113,6 +115,23 @@ def test_a_step_that_marks_more_pictures_is_better_than_one_that_marks_fewer(fin
         ])  # fmt: skip
     log = (tmp_path / "run" / "fit" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(text).get("calibration/quality") for text in log] == [None, -2.0, None, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "size", "processes", "parts"),
+    [
+        ("aabbccdd", 8, 1, ["aabbccdd"]),
+        ("aabbccdd", 8, 2, ["aabb", "ccdd"]),
+        ("aabbccdd", 8, 3, ["aa", "bb", "ccdd"]),
+        ("aabbccdd", 3, 2, ["aab", "bcc", "dd"]),
+        ("aaaaaaaa", 4, 3, ["aaaa", "aaaa"]),
+        ("aab", 8, 4, ["aa", "b"]),
+    ],
+)
+def test_a_step_of_one_micro_batch_is_shared_and_prompts_stay_whole(prompts, size, processes, parts) -> None:
+    rated = [SimpleNamespace(sample=SimpleNamespace(prompt=SimpleNamespace(id=name))) for name in prompts]
+    made = parts_of(rated, size, processes)
+    assert ["".join(row.sample.prompt.id for row in part) for part in made] == parts
 
 
 def test_deepspeed_learns_what_plain_torch_learns(finished: Path, tmp_path: Path) -> None:

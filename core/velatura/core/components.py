@@ -116,8 +116,9 @@ class RewardModel(Component[O]):
     long."""
 
     def fingerprint(self, context: Context) -> str:
-        """Changes when its scores of the same pictures may: by default with its name, its options, and the content of
-        the files and folders that they name. Also asked before `setup`, so it loads nothing and calls nobody."""
+        """Changes when its scores of the same pictures may: by default with its name, its options but the operational
+        ones, and the content of the files and folders that they name. Also asked before `setup`, so it loads nothing
+        and calls nobody."""
         from velatura.core.fingerprint import options_fingerprint
 
         return options_fingerprint(self, context)
@@ -127,8 +128,8 @@ class RewardModel(Component[O]):
         """One score per sample, higher is better. What cannot be judged gets a `Status`, never a made-up number."""
 
     operational: ClassVar[frozenset[str]] = frozenset()
-    """Options that say where and how fast it runs, not what it says: a reward card holds whatever they are. One within
-    another is named with dots: `judge.server`."""
+    """Options that say where and how fast it runs, not what it says: a reward card holds, kept scores are found and a
+    finished stage stays finished, whatever they are. One within another is named with dots: `judge.server`."""
 
     def needs_card(self) -> bool:
         """Whether it is an opinion, prompted or learned, and no measurement: a policy is trained on one that a reward

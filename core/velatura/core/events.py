@@ -35,7 +35,11 @@ class RolloutDone:
 
     step: int
     rollout: Rollout
+    """What this process drew; observers live in the first."""
     report: RewardReport | None
+    """Its scores, row by row those of `rollout.samples`."""
+    whole: RewardReport | None = None
+    """The scores of all processes, prompt by prompt: what the policy learns from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from velatura.core.components import RewardModel
     from velatura.core.types import Context
 
-LONGEST_PATH = 1024
+LONGEST_PATH, LONGEST_NAME = 1024, 255
+"""Characters of a path, and bytes of a name in it, up to which a system can be asked whether it is there."""
 _hashes: dict[tuple[str, int, int], str] = {}
 
 
@@ -46,14 +48,42 @@ def _hash_once(path: Path) -> str:
 
 def texts(value: Any) -> Iterator[str]:
     """Every string in nested options that could be a path."""
-    if isinstance(value, str) and 0 < len(value) < LONGEST_PATH and "\n" not in value:
-        yield value
+    if isinstance(value, str):
+        if is_nameable(value):
+            yield value
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from texts(item)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif isinstance(value, Sequence):
         for item in value:
             yield from texts(item)
+
+
+def is_nameable(text: str) -> bool:
+    """Whether a file could have this path; longer ones are an error where one only asks for them."""
+    names = text.split("/")
+    return (
+        0 < len(text) < LONGEST_PATH
+        and not {"\n", "\0"} & set(text)
+        and all(len(name.encode(errors="replace")) <= LONGEST_NAME for name in names)
+    )
+
+
+def pictures_hash(path: Path, base: Path) -> str:
+    """SHA-256 over the files that the lines of a JSONL file name, seen from its folder or from `base`; empty where
+    there are none. A line that is no JSON names none: whoever reads it says so."""
+    found: dict[str, str] = {}
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for line in lines:
+            try:
+                named = set(texts(json.loads(line))) - found.keys()
+            except (ValueError, RecursionError):
+                continue
+            for text in named:
+                places = [folder / text for folder in (path.parent, base) if (folder / text).is_file()]
+                if places:
+                    found[text] = _hash_once(places[0])
+    return content_hash(sorted(found.items())) if found else ""
 
 
 def named_contents(given: Any, base: Path) -> dict[str, str]:
@@ -75,7 +105,19 @@ def reward_fingerprint(registry: Registry, ref: Ref, context: Context, model: Re
     return content_hash([ref.use, package, made.fingerprint(context)])
 
 
+def lasting_options(given: Mapping[str, Any], operational: Collection[str]) -> dict[str, Any]:
+    """Options without those that say where and how fast a reward runs; one within another is named with dots."""
+    kept = {}
+    for name, value in given.items():
+        inner = [own.removeprefix(f"{name}.") for own in operational if own.startswith(f"{name}.")]
+        if name not in operational:
+            kept[name] = lasting_options(value, inner) if inner and isinstance(value, Mapping) else value
+    return kept
+
+
 def options_fingerprint(component: Any, context: Context, ignore: Sequence[str] = ()) -> str:
-    """Hash of a component's options, less those in `ignore`, with the content of the files that they name."""
-    given = component.options.model_dump(mode="json", exclude=set(ignore))
+    """Hash of a component's options, less its `operational` ones and those in `ignore`, with the content of the files
+    that they name."""
+    operational = (*getattr(component, "operational", ()), *ignore)
+    given = lasting_options(component.options.model_dump(mode="json"), operational)
     return content_hash([component.name, given, list(named_contents(given, context.base).values())])

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from velatura.core.fingerprint import file_hash, reward_fingerprint, texts
+from velatura.core.fingerprint import file_hash, lasting_options, pictures_hash, reward_fingerprint, texts
 from velatura.core.judge_settings import JudgeFitStage
 from velatura.core.recipe import content_hash
 from velatura.core.settings import ExportStage
 
 if TYPE_CHECKING:
     from velatura.core.pipeline import Plan
+    from velatura.core.registry import Registry
 
 BASE_WEIGHTS = "weights of the base"
 """What the adapter of a stage starts from, wherever that lies."""
@@ -24,11 +25,17 @@ ABSENT = content_hash(None)
 """An option that is null is one that is left out, also of a recipe from before there was such an option."""
 
 
-def lasting(key: str, value: Any) -> Any:
-    """An option without how its rewards are looked after, which no score depends on."""
-    if key not in REWARDS:
-        return value
-    return [{name: item for name, item in reward.items() if name not in CARE} for reward in value]
+def lasting(registry: Registry, key: str, value: Any) -> Any:
+    """An option without how its rewards are looked after, where they run and how fast: no score depends on that."""
+    return [_lasting_reward(registry, reward) for reward in value] if key in REWARDS else value
+
+
+def _lasting_reward(registry: Registry, reward: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: item for name, item in reward.items() if name not in CARE}
+    if kept.get("with"):
+        operational = getattr(registry.get("reward", kept["use"]), "operational", ())
+        kept["with"] = lasting_options(kept["with"], operational)
+    return kept
 
 
 def prompt_tasks(plan: Plan, name: str) -> dict[str, Any]:
@@ -43,9 +50,12 @@ def file_inputs(plan: Plan, name: str) -> dict[str, str]:
     No key says where a clone or a package lies, so that what was moved is not done again.
     """
     config = plan.recipe.stage(name)
-    stage = {key: lasting(key, value) for key, value in plan.resolved["stages"][name].items()}
+    stage = {key: lasting(plan.registry, key, value) for key, value in plan.resolved["stages"][name].items()}
     named = sorted({text for text in texts([stage, prompt_tasks(plan, name)]) if (plan.base / text).is_file()})
     found = {f"file {text}": file_hash(plan.base / text) for text in named}
+    for text in named:
+        if text.endswith(".jsonl") and (pictures := pictures_hash(plan.base / text, plan.base)):
+            found[f"pictures of {text}"] = pictures
     from velatura.core.check import set_up
 
     if isinstance(config, JudgeFitStage):

@@ -14,6 +14,7 @@ from velatura.core.breaker import CircuitBreaker
 from velatura.core.components import RewardModel
 from velatura.core.errors import RewardError
 from velatura.core.golden import GoldenSet
+from velatura.core.ranks import Ranks
 from velatura.core.reward_settings import Breaker
 from velatura.core.score_cache import ScoreCache
 from velatura.core.types import Prompt, RewardReport, Sample, Scores, Status
@@ -71,9 +72,13 @@ class Judge:
     `submit` returns at once; `report` waits for everything submitted since the last report.
     """
 
-    def __init__(self, rewards: Sequence[WeightedReward], *, max_failed: float, retries: int = 1) -> None:
-        """One thread per reward: rewards run beside each other, a reward never beside itself."""
+    def __init__(
+        self, rewards: Sequence[WeightedReward], *, max_failed: float, retries: int = 1, ranks: Ranks | None = None
+    ) -> None:
+        """One thread per reward: rewards run beside each other, a reward never beside itself. `ranks`: the processes
+        that judge together; the first of them checks golden sets for all."""
         self.rewards = tuple(rewards)
+        self.ranks = ranks or Ranks()
         self.max_failed = max_failed
         self.retries = retries
         self._threads = [_thread(reward) for reward in self.rewards]
@@ -103,7 +108,7 @@ class Judge:
         self._pending.append((own, scored))
 
     def check_golden(self) -> None:
-        """Score every reward's golden set now.
+        """Score every reward's golden set now, in this process.
 
         Raises:
             RewardError: more are wrong than is allowed, or a score moved too far since the first check.
@@ -128,7 +133,8 @@ class Judge:
         columns = [joined([futures[r].result() for _, futures in pending]) for r in range(len(self.rewards))]
         for reward, scores in zip(self.rewards, columns, strict=True):
             self._count(reward, scores)
-        if any(r.golden is not None and self._reports % r.golden.every == 0 for r in self.rewards):
+        due = any(r.golden is not None and self._reports % r.golden.every == 0 for r in self.rewards)
+        if due and self.ranks.first:
             self.check_golden()
         return RewardReport(
             names=tuple(r.label for r in self.rewards),
@@ -147,9 +153,10 @@ class Judge:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Judge:
-        """The golden sets are checked before anything is scored."""
+        """The golden sets are checked before anything is scored: once, whatever the number of processes. Collective."""
         try:
-            self.check_golden()
+            if any(reward.golden is not None for reward in self.rewards):
+                self.ranks.from_first(self.check_golden)
         except BaseException:
             self.close()
             raise

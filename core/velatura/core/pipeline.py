@@ -27,7 +27,7 @@ from velatura.core.checkpoint import write_json_atomic, write_text_atomic
 from velatura.core.errors import CheckpointError, RecipeError, VelaturaError
 from velatura.core.fingerprint import file_hash
 from velatura.core.inputs import difference, file_inputs, lasting, prompt_tasks
-from velatura.core.ranks import Ranks, join, threads_of_process
+from velatura.core.ranks import FailedElsewhere, Ranks, join, threads_of_process
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
 
@@ -63,8 +63,13 @@ def plan_run(recipe_path: Path, overrides: Sequence[str] = ()) -> Plan:
     registry = open_registry(recipe)
     base = recipe_path.resolve().parent
     resolved = resolve_options(registry, recipe)
-    folder = Path(recipe.output) if recipe.output else Path("runs") / recipe_path.stem
+    folder = run_folder(recipe, recipe_path)
     return Plan(recipe=recipe, registry=registry, folder=folder, base=base, resolved=resolved)
+
+
+def run_folder(recipe: Recipe, path: Path) -> Path:
+    """Where the results of a recipe go."""
+    return Path(recipe.output) if recipe.output else Path("runs") / path.stem
 
 
 def run_pipeline(
@@ -113,7 +118,7 @@ def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
     """What a stage's result depends on, hashed one by one, so that a change can be named."""
     recipe = plan.recipe
     options = {key: value for key, value in plan.resolved["stages"][name].items() if key not in WATCHING}
-    inputs = {f"option {key}": content_hash(lasting(key, value)) for key, value in options.items()}
+    inputs = {f"option {key}": content_hash(lasting(plan.registry, key, value)) for key, value in options.items()}
     inputs["seed"] = content_hash(recipe.seed)
     inputs["engine"] = content_hash({k: v for k, v in plan.resolved["engine"].items() if k != "threads"})
     inputs["velatura"] = content_hash(__version__)
@@ -278,9 +283,8 @@ def _run_stage(plan: Plan, ranks: Ranks, name: str, console: Console | None, *, 
     try:
         result = _execute(plan, ranks, name, console)
     except BaseException as error:
-        ending = {"status": "failed" if isinstance(error, Exception) else "interrupted", "error": str(error)}
-        if ranks.first:
-            _close(folder / "manifest.json", manifest, begin, ending)
+        if _close_early(folder / "manifest.json", manifest, begin, error) and not isinstance(error, VelaturaError):
+            raise FailedElsewhere("another process says what is wrong") from error
         if _is_full(error):
             free = shutil.disk_usage(plan.folder).free
             raise VelaturaError(
@@ -311,6 +315,28 @@ def _is_full(error: BaseException) -> bool:
     if isinstance(error, VelaturaError):
         return False
     return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
+
+
+def _close_early(path: Path, manifest: Mapping[str, Any], begin: float, error: BaseException) -> bool:
+    """Say why a stage ended, unless another process has. The first to fail knows; what the others see of it is that
+    somebody is gone."""
+    if json.loads(path.read_text())["status"] != "running":
+        return True
+    if not isinstance(error, FailedElsewhere):
+        status = "failed" if isinstance(error, Exception) else "interrupted"
+        _close(path, manifest, begin, {"status": status, "error": str(error) or type(error).__name__})
+    return False
+
+
+def close_cut_off(folder: Path, since: float, cause: str) -> None:
+    """Say in a run folder why the stages that were under way ended, of processes that could not say it themselves.
+
+    `since`: time from which on they were; what was closed before stays.
+    """
+    for path in folder.glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        if manifest["status"] != "finished" and path.stat().st_mtime >= since:
+            write_json_atomic(path, {**manifest, "status": "interrupted", "error": cause})
 
 
 def _close(path: Path, manifest: Mapping[str, Any], begin: float, ending: Mapping[str, Any]) -> None:

@@ -88,6 +88,7 @@ class EditPreservation(RewardModel[EditPreservationOptions]):
     """
 
     name = "edit-preservation"
+    operational = frozenset({"device"})
     _backbone: Backbone | None = None
     _context: Context | None = None
 

@@ -64,6 +64,7 @@ class Ocr(RewardModel[OcrOptions]):
     """
 
     name = "ocr"
+    operational = frozenset({"threads"})
     _reader: Any = None
     _alphabet: frozenset[str] = frozenset()
     _told = False

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from velatura.api import Context, Options, RewardModel, Sample, Scores, Status, VelaturaError
-from velatura.core.fingerprint import options_fingerprint
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 """Of files that hold weights."""
@@ -43,10 +42,6 @@ class NetworkReward(RewardModel[Given]):
     """A reward of published weights: learned, and the same in whatever batches and on whatever device."""
 
     operational = frozenset({"batch", "device"})
-
-    def fingerprint(self, context: Context) -> str:
-        """Changes with all options but the size of a batch, and with the files that they name."""
-        return options_fingerprint(self, context, ("batch",))
 
     def needs_card(self) -> bool:
         """Learned."""

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     import httpx2
 
 
-PATIENCE = ("batch_size", "concurrency", "timeout", "retries", "backoff", "deadline", "token_env", "needs_card")
-"""Options that no score depends on."""
-
-
 class HttpOptions(Options):
     """Where the server is, what it calls the reward, and how patiently it is asked."""
 
@@ -72,6 +68,8 @@ class Http(RewardModel[HttpOptions]):
     })  # fmt: skip
     _version: str | None = None
     """Of the reward that answers; None where the server does not say."""
+    _unnamed: str | None = None
+    """Where a reward of no version answered."""
 
     def setup(self, context: Context) -> None:
         """Ask the server what it serves, and for the score of a grey picture.
@@ -97,8 +95,9 @@ class Http(RewardModel[HttpOptions]):
         )
 
     def fingerprint(self, context: Context) -> str:
-        """Changes with the address, the name, the version that answers, and the size of what is sent."""
-        return f"{options_fingerprint(self, context, PATIENCE)}-{self._version or self.options.version}"
+        """Changes with the name, the version that answers, and the size of what is sent; where the server says no
+        version, its address stands for one, from `setup` on."""
+        return f"{options_fingerprint(self, context)}-{self._version or self.options.version or self._unnamed}"
 
     async def _check(self) -> None:
         options = self.options
@@ -116,6 +115,7 @@ class Http(RewardModel[HttpOptions]):
                     f"reward 'http' cannot ask for {options.reward!r}: {said}.{self._hint(error)}"
                 ) from error
         self._version = self._version or answer.reward_version
+        self._unnamed = None if self._version else options.server
         (entry,) = answer.entries
         if entry.status is Status.FAILED:
             logger.warning(

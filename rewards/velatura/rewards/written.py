@@ -10,10 +10,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from velatura.api import Context, Prompt, RewardModel, Sample, Scores, Status, Usage, VelaturaError
-from velatura.core.fingerprint import options_fingerprint
 from velatura.rewards.author_texts import in_package, texts_in
 from velatura.rewards.judge.chat import Asked, Chat, ChatOptions, Written, opened_chat
-from velatura.rewards.judge.options import OPERATIONAL, PATIENCE
+from velatura.rewards.judge.options import OPERATIONAL
 from velatura.rewards.judge.rubric import Part
 from velatura.rewards.judge.scoring import REFUSALS, Verdict, as_scores, failed
 from velatura.rewards.pretrained import ready
@@ -61,10 +60,6 @@ class WritesScores(RewardModel[Given]):
     cached = True
     operational = OPERATIONAL
     _chat: Chat | None = None
-
-    def fingerprint(self, context: Context) -> str:
-        """Changes with all options but those of patience, and with the files that they name."""
-        return options_fingerprint(self, context, PATIENCE)
 
     def needs_card(self) -> bool:
         """An opinion."""

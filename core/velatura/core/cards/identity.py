@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from velatura.core.base_settings import Ref
 from velatura.core.build import build
 from velatura.core.components import RewardModel
-from velatura.core.fingerprint import file_hash
+from velatura.core.fingerprint import file_hash, is_nameable, lasting_options
 from velatura.core.recipe import content_hash
 from velatura.core.registry import Registry
 
@@ -25,9 +25,9 @@ def identity_of(registry: Registry, ref: Ref, base: Path) -> dict[str, str]:
     if not isinstance(model, RewardModel):
         raise TypeError(f"{ref.use} is no reward")
     info = registry.info("reward", ref.use)
-    given = model.options.model_dump(mode="json")
+    given = lasting_options(model.options.model_dump(mode="json"), model.operational)
     parts = {"component": ref.use, "version": info.version or file_hash(Path(info.distribution))[:16]}
-    for name, value in _leaves(given, model.operational):
+    for name, value in _leaves(given):
         content = _content(base, value)
         parts[f"option {name}"] = f"{Path(value).name} ({content})" if content else _written(value)
     return {**parts, **model.identity()}
@@ -48,16 +48,14 @@ def differences(card: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return said
 
 
-def _leaves(value: Any, without: Container[str], name: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name -> value of options within options; lists count from 1, and what is empty stays as it is."""
-    if name in without:
-        return
     inner = value.items() if isinstance(value, Mapping) else enumerate(value, 1) if isinstance(value, list) else ()
     if not inner or not value:
         yield name, value
         return
     for key, item in inner:
-        yield from _leaves(item, without, f"{name}.{key}" if name else str(key))
+        yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
 def _written(value: Any) -> str:
@@ -66,7 +64,7 @@ def _written(value: Any) -> str:
 
 def _content(base: Path, value: Any) -> str:
     """A digest of the file or folder that an option names; empty where it names none."""
-    if not isinstance(value, str) or not 0 < len(value) < 1024 or "\n" in value:
+    if not isinstance(value, str) or not is_nameable(value):
         return ""
     path = base / value
     if path.is_file():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from velatura.core.cli.arguments import Verbs, add_recipe, new_console, new_parser
@@ -37,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
         recipe.stage(arguments.stage)
     check_processes(arguments.processes, recipe)
     if arguments.processes > 1:
-        return _launch(arguments)
+        return _launch(arguments, recipe)
 
     from velatura.core.closing import close
     from velatura.core.pipeline import run_pipeline
@@ -71,9 +73,15 @@ def check_processes(processes: int, recipe: Recipe) -> None:
         )
 
 
-def _launch(arguments: argparse.Namespace) -> int:
+def _launch(arguments: argparse.Namespace, recipe: Recipe) -> int:
     from velatura.core.launch import launch
+    from velatura.core.pipeline import close_cut_off, run_folder
 
     options = ["--stage", arguments.stage] if arguments.stage is not None else []
     options += ["--fresh"] if arguments.fresh else []
-    return launch(["run", str(arguments.recipe), *arguments.overrides, *options], arguments.processes)
+    begin = time.time()
+    try:
+        return launch(["run", str(arguments.recipe), *arguments.overrides, *options], arguments.processes)
+    except VelaturaError as error:
+        close_cut_off(run_folder(recipe, Path(arguments.recipe)), begin, str(error))
+        raise

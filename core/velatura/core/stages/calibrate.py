@@ -27,6 +27,7 @@ from velatura.core.preferences import Fit, Pairs, budgets_of, fit, read_pairs, r
 from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive
 from velatura.core.stages.common import StageRun, Ticker, kept_prompts, manifest_of
+from velatura.core.stages.reward_metrics import failed_in
 from velatura.core.types import Prompt, RewardReport, Sample, Status
 from velatura.core.weighing import Rules, Weighed, weigh
 from velatura.core.weight_ledger import Origin, write_calibration
@@ -40,8 +41,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         prompts = chosen_prompts(stage)
         require_budgets(stage, prompts, judges[0])
         pairs = _pair_lines(stage, prompts)
-        measured = _measure_all(stage, judges, prompts)
-        failures = sum(stage.ranks.gather(sum(sum(judge.failures.values()) for judge in judges)))
+        measured, failures = _measure_all(stage, judges, prompts)
         if not stage.ranks.first:
             return {}
         found = statistics(measured)
@@ -72,8 +72,9 @@ def _judge(stage: StageRun, repeat: int) -> Judge:
         for i, ref in enumerate(refs)
     ]
     return Judge(
-        [asked.reward(ref, at, weight, again=repeat > 0) for at, ref, weight in places], max_failed=config.max_failed
-    )
+        [asked.reward(ref, at, weight, again=repeat > 0) for at, ref, weight in places], max_failed=config.max_failed,
+        ranks=stage.ranks,
+    )  # fmt: skip
 
 
 def chosen_prompts(stage: StageRun) -> list[Prompt]:
@@ -128,14 +129,14 @@ def _by_category(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     return dict(sorted(found.items()))
 
 
-def _measure_all(stage: StageRun, judges: Sequence[Judge], prompts: Sequence[Prompt]) -> Measured:
-    """All blocks, groups numbered through."""
+def _measure_all(stage: StageRun, judges: Sequence[Judge], prompts: Sequence[Prompt]) -> tuple[Measured, int]:
+    """All blocks, groups numbered through, and how many scores failed, interruptions included."""
     config, adapter = stage.config, stage.adapter()
     policy = stage.load_policy(adapter, config.model)
     sampler = stage.sampler(adapter)
     blocks = max(1, config.sampling.batch // config.group_size)
     firsts = range(0, len(prompts), blocks)
-    parts = []
+    parts, failures = [], 0
     with stage.progress(len(prompts), unit="prompts") as bar:
         made = {
             first: _measure(stage, policy, sampler, judges, prompts[first : first + blocks], first, bar)
@@ -146,14 +147,16 @@ def _measure_all(stage: StageRun, judges: Sequence[Judge], prompts: Sequence[Pro
             own = prompts[first : first + blocks]
             part = made.get(first) or _measure(stage, policy, sampler, judges, own, first, bar)
             parts.append((part["scores"].double().numpy(), part["status"].numpy(), part["group"].numpy() + first))
+            failures += failed_in(part["status"])
     categories = _by_category(prompts)
-    return Measured(
+    measured = Measured(
         names=tuple(reward.label for reward in judges[0].rewards),
         scores=np.concatenate([scores for scores, _, _ in parts], axis=1),
         valid=np.concatenate([status for _, status, _ in parts], axis=1) == int(Status.OK),
         group=np.concatenate([group for _, _, group in parts]),
         shares={c: np.array([prompt.membership.get(c, 0.0) for prompt in prompts]) for c in categories},
     )
+    return measured, failures
 
 
 def _measure(

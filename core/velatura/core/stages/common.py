@@ -107,15 +107,16 @@ class StageRun:
         """A judge over the rewards of the recipe, with their weights or those that a calibrate stage found."""
         weights = self._weights(rewards)
         return Judge(
-            [self.reward(ref, f"rewards.{i}", *weights[i]) for i, ref in enumerate(rewards)], max_failed=max_failed
-        )
+            [self.reward(ref, f"rewards.{i}", *weights[i]) for i, ref in enumerate(rewards)], max_failed=max_failed,
+            ranks=self.ranks,
+        )  # fmt: skip
 
     def reward(
         self, ref: RewardRef, place: str, weight: float = 1.0, by_category: Mapping[str, float] | None = None, *,
         label: str | None = None, again: bool = False,
     ) -> WeightedReward:  # fmt: skip
         """One reward, set up, with all that the recipe says of it. `again`: it is to be asked what was asked before, so
-        that kept scores would be no answer."""
+        that kept scores would be no answer, and its golden set was looked at."""
         ref = ref.opened(self.run_folder)
         model: RewardModel[Any] = self.build("reward", ref, place)
         cache = None
@@ -125,7 +126,7 @@ class StageRun:
         return WeightedReward(
             label=label or ref.label, at=self.at(place), model=model, weight=weight,
             weight_by_category=by_category or {}, breaker=ref.breaker, cache=cache, threads=ref.threads,
-            golden=GoldenSet.load(ref.golden, self.base) if ref.golden else None,
+            golden=GoldenSet.load(ref.golden, self.base) if ref.golden and not again else None,
         )  # fmt: skip
 
     def _weights(self, rewards: Sequence[RewardRef]) -> list[tuple[float, Mapping[str, float]]]:

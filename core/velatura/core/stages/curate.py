@@ -25,12 +25,14 @@ from velatura.core.policy import CURRENT, Policy
 from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive
 from velatura.core.stages.common import StageRun, Ticker
-from velatura.core.stages.reward_metrics import counted
+from velatura.core.stages.reward_metrics import counted, failed_in
 from velatura.core.types import Admission, Prompt, RewardReport
 from velatura.core.weight_ledger import read_calibration, require_calibrated
 
 SHOWN = 6
 """Groups of each kind in the pictures."""
+FAILURES = "failures"
+"""Of a block: scores that failed in all of its passes."""
 
 
 def run(stage: StageRun) -> dict[str, Any]:
@@ -96,47 +98,52 @@ class Screening:
         """A decision on each prompt, on a second look where the first was borderline; and what there is to count."""
         stage, config = self.stage, self.stage.config
         with stage.judge(config.rewards, config.max_failed) as judge:
-            report = self.measured(judge, prompts, _look(stage))
+            report, failures = self.measured(judge, prompts, _look(stage))
             admission = self.prompt_filter.admit(report)
             reports, confirmed = [report], 0
             if config.confirm and len(rows := _borderline(stage, admission)):
                 look = "-".join(filter(None, ["confirm", _look(stage)]))
-                fresh = self.measured(judge, [prompts[row] for row in rows], look)
+                fresh, more = self.measured(judge, [prompts[row] for row in rows], look)
+                failures += more
                 admission = confirmation(admission, self.prompt_filter.admit(fresh), rows)
                 reports, confirmed = [report, fresh], len(rows)
-            failures = sum(self.stage.ranks.gather(sum(judge.failures.values())))
         return report, admission, {
             "failures": failures, "failures_by_category": counted(reports), "confirmed": confirmed
         }  # fmt: skip
 
-    def measured(self, judge: Judge, prompts: Sequence[Prompt], look: str) -> RewardReport:
-        """The report of a look at prompts; each look has seeds of its own."""
+    def measured(self, judge: Judge, prompts: Sequence[Prompt], look: str) -> tuple[RewardReport, int]:
+        """The report of a look at prompts, and how many scores failed, interruptions included; each look has seeds of
+        its own."""
         size = max(1, self.stage.config.sampling.batch // self.stage.config.group_size)
         with self.stage.progress(len(prompts), unit="prompts") as bar:
             firsts = range(0, len(prompts), size)
             own = {i: self._block(judge, prompts[i : i + size], look, i, bar) for i in self.stage.ranks.own(firsts)}
             self.stage.ranks.barrier()  # what the others measured is on disk
             blocks = [own.get(i) or self._block(judge, prompts[i : i + size], look, i, bar) for i in firsts]
-            return _whole(blocks, prompts)
+            return _whole([report for report, _ in blocks], prompts), sum(failures for _, failures in blocks)
 
-    def _block(self, judge: Judge, prompts: Sequence[Prompt], look: str, first: int, bar: Ticker) -> RewardReport:
-        """The report of one block of prompts, from disk when an earlier run already made it."""
+    def _block(
+        self, judge: Judge, prompts: Sequence[Prompt], look: str, first: int, bar: Ticker
+    ) -> tuple[RewardReport, int]:
+        """The report of one block of prompts with its failures, from disk when an earlier run already made it."""
         path = self.stage.folder / ("-".join(["blocks", look]) if look else "blocks") / f"{first:06d}.safetensors"
         if path.exists():
             bar.tick("measured before", len(prompts))
             names = tuple(reward.label for reward in judge.rewards)
             stored: dict[str, Any] = load_file(path)
-            return RewardReport(names=names, prompts=tuple(prompts), **stored)
+            failures = int(stored.pop(FAILURES, failed_in(stored["status"])))
+            return RewardReport(names=names, prompts=tuple(prompts), **stored), failures
         passes: list[int] = []
         with self.policy.wearing(CURRENT) as net:
             for chunk in rollout(net, self.sampler, prompts, group_seeds(self.stage, prompts, look)):
                 for repeat in range(self.stage.config.repeats or 1):
                     judge.submit(chunk.samples, repeat)
                     passes += [repeat] * len(chunk.samples)
-        report = by_pass(judge.report(prompts), torch.tensor(passes))
-        _save_block(path, report)
+        every = judge.report(prompts)
+        report, failures = by_pass(every, torch.tensor(passes)), failed_in(every.status)
+        _save_block(path, report, failures)
         bar.tick("", len(prompts))
-        return report
+        return report, failures
 
 
 def by_pass(report: RewardReport, passes: Tensor) -> RewardReport:
@@ -195,9 +202,10 @@ def group_seeds(stage: StageRun, prompts: Sequence[Prompt], look: str = "") -> l
     return [[derive(stage.seed, *path, p.id, j) for j in range(stage.config.group_size)] for p in prompts]
 
 
-def _save_block(path: Path, report: RewardReport) -> None:
+def _save_block(path: Path, report: RewardReport, failures: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"scores": report.scores, "status": report.status, "weight": report.weight, "group": report.group}
+    tensors[FAILURES] = torch.tensor(failures)
     if report.repeats is not None:
         tensors["repeats"] = report.repeats
     temporary = path.with_suffix(".tmp")

@@ -6,7 +6,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Batches:
 def _learn(training: Training, model: JudgeModel[Any], rated: Sequence[Any], watch: Stopwatch) -> dict[str, float]:
     """One optimiser step on some rated pictures."""
     size, ranks = training.config.micro_batch, training.run.ranks
-    parts = [rated[first : first + size] for first in range(0, len(rated), size)]
+    parts = parts_of(rated, size, ranks.size)
     own = [(part, len(part) / len(rated)) for part in ranks.own(parts)]
     own += [(parts[0], 0.0)] * (-(-len(parts) // ranks.size) - len(own))  # who has none left waits in a backward
     sums: dict[str, float] = defaultdict(float)
@@ -136,6 +136,18 @@ def _learn(training: Training, model: JudgeModel[Any], rated: Sequence[Any], wat
         info = training.engine.step()
         training.policy.changed()
     return metrics | {"grad_norm": info.grad_norm, "lr": info.lr, "updated": float(info.updated)}
+
+
+def parts_of(rated: Sequence[Any], size: int, processes: int) -> list[Sequence[Any]]:
+    """The pictures of a step in micro-batches of `size`. Where those are too few for the processes there is one for
+    each, as even as whole prompts allow: pictures of a prompt are compared with each other."""
+    cuts = list(range(0, len(rated), size))
+    if len(cuts) < processes:
+        starts = [i for i, row in enumerate(rated) if i == 0 or row.sample.prompt.id != rated[i - 1].sample.prompt.id]
+        wanted = [rank * len(rated) / processes for rank in range(processes)]
+        firsts = sorted({min(starts, key=lambda start: abs(start - at)) for at in wanted})
+        cuts = [cut for a, b in pairwise([*firsts, len(rated)]) for cut in range(a, b, size)]
+    return [rated[a:b] for a, b in pairwise([*cuts, len(rated)])]
 
 
 def _best_before(stage: StageRun, start: int) -> float:

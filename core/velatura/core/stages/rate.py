@@ -18,9 +18,12 @@ from velatura.core.ratings import line_of
 from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.stages.common import StageRun
+from velatura.core.stages.reward_metrics import failed_in
 from velatura.core.types import Prompt, RewardReport, Sample
 
 RATINGS = "ratings.jsonl"
+FAILURES = ".failures.json"
+"""Ending of the file beside a block with how many of its scores failed."""
 SHOWN = 6
 """Groups in the picture."""
 
@@ -41,11 +44,14 @@ def run(stage: StageRun) -> dict[str, Any]:
         for first in stage.ranks.own(list(files)):
             block = prompts[first : first + size]
             if not files[first].exists():
-                write_text_atomic(files[first], _block(stage, policy, sampler, judge, block, prompts, first))
+                made, failed = _block(stage, policy, sampler, judge, block, prompts, first)
+                write_text_atomic(files[first].with_suffix(FAILURES), json.dumps(failed))
+                write_text_atomic(files[first], made)
             bar.tick("", len(block))
-        failures = sum(stage.ranks.gather(sum(judge.failures.values())))
+        stage.ranks.barrier()  # what the others rated is on disk
     if not stage.ranks.first:
         return {}
+    failures = sum(_failures(path) for path in files.values())
     for path in files.values():
         lines += path.read_text(encoding="utf-8").split("\n")[:-1]  # text may hold other line separators
     write_text_atomic(stage.folder / RATINGS, "".join(f"{line}\n" for line in lines))
@@ -56,19 +62,25 @@ def run(stage: StageRun) -> dict[str, Any]:
     return {"prompts": count, "ratings": by_dimension, "failures": failures}
 
 
+def _failures(block: Path) -> int:
+    """Scores that failed when a block was rated; a block from before they were counted says nothing of them."""
+    path = block.with_suffix(FAILURES)
+    return int(json.loads(path.read_text())) if path.exists() else 0
+
+
 def _judge(stage: StageRun) -> Judge:
     """All raters, then those who know the truth."""
     asked = [("raters", i, ref) for i, ref in enumerate(stage.config.raters)]
     asked += [("truth", i, ref) for i, ref in enumerate(stage.config.truth)]
     rewards = [stage.reward(ref, f"{slot}.{i}", label=f"{slot} {i}: {ref.label}") for slot, i, ref in asked]
-    return Judge(rewards, max_failed=stage.config.max_failed)
+    return Judge(rewards, max_failed=stage.config.max_failed, ranks=stage.ranks)
 
 
 def _block(
     stage: StageRun, policy: Policy, sampler: Sampler, judge: Judge, block: Sequence[Prompt], prompts: Sequence[Prompt],
     first: int,
-) -> str:  # fmt: skip
-    """Lines for the pictures of some prompts, which are written beside them."""
+) -> tuple[str, int]:  # fmt: skip
+    """Lines for the pictures of some prompts, which are written beside them, and how many scores failed."""
     seeds = [[derive(stage.seed, "rate", p.id, j) for j in range(stage.config.group_size)] for p in block]
     samples: list[Sample] = []
     with policy.wearing(CURRENT) as net:
@@ -88,7 +100,7 @@ def _block(
         save_png(stage.folder / image, to_pixels(sample.image))
         sources = _write_sources(stage.folder, sample.prompt)
         lines += [line_of({"image": image, "sources": sources, **own}) for own in _rated(stage, sample, report, row)]
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{line}\n" for line in lines), failed_in(report.status)
 
 
 def _seen(stage: StageRun, sample: Sample, prompts: Sequence[Prompt]) -> Sample:

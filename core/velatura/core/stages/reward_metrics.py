@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from torch import Tensor
+
 from velatura.core.types import RewardReport, Status
 
 ASKED, RATE = "asked", "failure_rate"
@@ -20,6 +22,11 @@ def failure_metrics(report: RewardReport) -> dict[str, float]:
             found[f"reward/{name}/{ASKED}/{category}"] = float(count["asked"])
             found[f"reward/{name}/{RATE}/{category}"] = count["failed"] / count["asked"]
     return found
+
+
+def failed_in(status: Tensor) -> int:
+    """How many of these statuses are of scores that were asked for and not given."""
+    return int(((status != int(Status.OK)) & (status != int(Status.NOT_APPLICABLE))).sum())
 
 
 def counted(reports: Iterable[RewardReport]) -> Table:

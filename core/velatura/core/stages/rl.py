@@ -75,7 +75,7 @@ class Loop:
         with watch.phase("judge"):
             judged = self.judge.report(own)
             report, rows = whole_report(ranks, judged, prompts, dealt)
-        self.stage.notify("rollout_done", RolloutDone(step=index, rollout=made, report=judged))
+        self.stage.notify("rollout_done", RolloutDone(step=index, rollout=made, report=judged, whole=report))
         admission = None if self.prompt_filter is None else self.prompt_filter.admit(report)
         admitted = report if admission is None else report.only(admission)
         self.ledger.refresh(index, report, admission)

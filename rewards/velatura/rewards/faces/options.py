@@ -65,8 +65,8 @@ class FaceReward(RewardModel[Given]):
     operational = frozenset({"batch", "device"})
 
     def fingerprint(self, context: Context) -> str:
-        """Changes with all options but the size of a batch and the place of weights, and with the weights."""
-        options = options_fingerprint(self, context, ("batch", "insightface_root"))
+        """Changes with all options but the operational ones and the place of weights, and with the weights."""
+        options = options_fingerprint(self, context, ("insightface_root",))
         held = weights_of(self.options, context.base)
         return "-".join([options, *(f"{name}:{digest}" for name, digest in held.items())])
 

@@ -10,10 +10,10 @@ import torch
 from loguru import logger
 
 from velatura.api import Context, Prompt, RewardModel, Sample, Usage, VelaturaError
-from velatura.core.fingerprint import files_hash, named_contents
+from velatura.core.fingerprint import files_hash, lasting_options, named_contents
 from velatura.core.recipe import content_hash
 from velatura.rewards.judge.fitted import settled
-from velatura.rewards.judge.options import PATIENCE, VlmJudgeOptions
+from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.rubric import Question, Rubric, is_file_name, load_rubric, shipped_rubric
 from velatura.rewards.judge.scoring import Verdict
 
@@ -56,7 +56,7 @@ def judge_fingerprint(judge: RewardModel[Any], context: Context) -> str:
     """
     own = settled(judge.options, context)
     placed = ("path", "rubric", "model") if own.path is not None else ()
-    given = own.model_dump(mode="json", exclude={*PATIENCE, *placed})
+    given = lasting_options(own.model_dump(mode="json"), {*judge.operational, *placed})
     folder = [files_hash(Path(own.model))] if own.path is not None else []
     options = content_hash([judge.name, given, list(named_contents(given, context.base).values()), folder])
     kind = getattr(getattr(judge, "_backend", None), "has_logprobs", "")

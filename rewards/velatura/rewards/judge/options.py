@@ -14,8 +14,6 @@ from velatura.rewards.transport import checked_address
 SERVER_ONLY = (
     *("api_key_env", "concurrency", "timeout", "retries", "backoff", "deadline", "samples", "request", "served_as"),
 )
-PATIENCE = ("api_key_env", "concurrency", "timeout", "retries", "backoff", "deadline", "batch_size")
-"""What no score depends on."""
 OPERATIONAL = frozenset({
     "server", "api_key_env", "concurrency", "timeout", "retries", "backoff", "deadline", "served_as", "batch_size",
     "device",

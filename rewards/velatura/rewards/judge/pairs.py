@@ -74,7 +74,7 @@ class VlmPairs(RewardModel[VlmPairsOptions]):
         self._backend = opened(self.options, self.rubric, context, first)
 
     def fingerprint(self, context: Context) -> str:
-        """Changes with the rubric, the model's folder, and all options but those of patience."""
+        """Changes with the rubric, the model's folder, and all options but the operational ones."""
         return judge_fingerprint(self, context)
 
     @cached_property

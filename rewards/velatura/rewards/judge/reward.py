@@ -51,7 +51,7 @@ class VlmJudge(RewardModel[VlmJudgeOptions]):
         self._backend = opened(self.options, self.rubric, context, first)
 
     def fingerprint(self, context: Context) -> str:
-        """Changes with the rubric, the model's folder, and all options but those of patience."""
+        """Changes with the rubric, the model's folder, and all options but the operational ones."""
         return judge_fingerprint(self, context)
 
     @cached_property
