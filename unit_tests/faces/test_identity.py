@@ -189,7 +189,7 @@ def test_sources_are_read_once_and_kept_in_memory_only(own, tmp_path, people):
     reward, calls = ready(own, tmp_path), []
 
     class Counting:
-        full, none = own.full, own.none
+        full, none, sure = own.full, own.none, own.sure
 
         def read(self, images, smallest, recognise):
             calls.append(len(images))
@@ -210,7 +210,7 @@ def test_a_detector_that_breaks_fails_its_picture_only(own, tmp_path, people):
     reward, broken = ready(own, tmp_path), torch.full((3, 77, 77), 0.25)
 
     class Breaking:
-        full, none = own.full, own.none
+        full, none, sure = own.full, own.none, own.sure
 
         def read(self, images, smallest, recognise):
             if any(image.shape == broken.shape for image in images):

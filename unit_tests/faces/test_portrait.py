@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 
 from velatura.api import Status, VelaturaError
 from velatura.rewards import brisque
+from velatura.rewards.faces.identity import FaceIdentity, IdentityOptions
 from velatura.rewards.faces.portrait import PortraitChecks, PortraitOptions
 
 
@@ -48,6 +51,33 @@ def test_a_good_portrait_scores_one_and_no_face_nothing(reward, people):
     astronaut, hopper = people
     shown = [astronaut, hopper, noise(), torch.full((3, 128, 128), 0.6)]
     assert values(reward, *(sample(one) for one in shown)) == [1, 1, 0, 0]
+
+
+def test_how_sure_a_detector_has_to_be_is_a_matter_of_that_detector(own, tmp_path, people):
+    """Another one that says .7 where ours says .99 means the same; a threshold in the recipe overrules both."""
+
+    class Modest:
+        full, none, sure, confidence = own.full, own.none, 0.6, (0.5, 0.65)
+
+        def read(self, images, smallest, recognise):
+            found = own.read(images, smallest, recognise)
+            return [replace(faces, confidence=torch.full_like(faces.confidence, 0.7)) for faces in found]
+
+    both = beside(*people)
+    modest = ready(Modest(), tmp_path)
+    assert values(modest, sample(people[0]), sample(both)) == pytest.approx([1, 0.5], abs=0.02)
+    assert values(ready(Modest(), tmp_path, min_confidence=0.8), sample(both)) == pytest.approx([1], abs=0.02)
+    strict = Modest()
+    strict.sure, strict.confidence = own.sure, own.confidence
+    assert values(ready(strict, tmp_path), sample(people[0]), sample(both)) == [0, 0]
+    identity = FaceIdentity(IdentityOptions())
+    identity.setup(context(tmp_path))
+    edit = sample(people[0], people[0], "make it warmer")
+    for reader, status in ((Modest(), Status.OK), (strict, Status.NOT_APPLICABLE)):
+        identity._reader, identity._memory = reader, OrderedDict()
+        assert identity.score([edit]).status == (status,)
+    with pytest.raises(ValueError, match=r"MTCNN names no face below 0\.7"):
+        PortraitOptions(min_confidence=0.6)
 
 
 def test_exactly_the_faces_asked_for_count(reward, own, tmp_path, people):

@@ -76,6 +76,7 @@ def completion(
     *,
     at: int = -2,
     model: str = MODEL,
+    finish: str = "stop",
     **message: Any,
 ) -> Raw:
     """A chat completion; the alternatives of token `at` have the probabilities `levels`."""
@@ -86,7 +87,7 @@ def completion(
         content[at] = {"token": tokens[at], "logprob": own, "top_logprobs": others}
     said = {"role": "assistant", "content": "".join(tokens), **message}
     logprobs = {"content": content} if levels is not None else None
-    choice = {"index": 0, "message": said, "finish_reason": "stop", "logprobs": logprobs}
+    choice = {"index": 0, "message": said, "finish_reason": finish, "logprobs": logprobs}
     return Raw(json.dumps({"id": "x", "object": "chat.completion", "model": model, "choices": [choice]}).encode())
 
 

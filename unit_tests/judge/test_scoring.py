@@ -91,6 +91,22 @@ def test_a_written_score_is_one_of_the_levels_or_none(text: str, status: Status,
     assert bool(verdict.reason) == (status is not Status.OK)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("It is bright. Score: [4]", 4),
+        ("**Score:** 5/5.\n", 5),
+        ("Score: [4", 4),
+        ("A score: 3 would need more light, but", None),
+        ("Composition score: 3\nLight: good, as the", None),
+    ],
+)
+def test_a_text_that_was_cut_off_states_a_score_only_at_its_end(text: str, value: int | None) -> None:
+    verdict = written(text, LEVELS, is_cut=True)
+    assert (verdict.value if verdict.status is Status.OK else None) == value
+    assert written(text, LEVELS).status is Status.OK
+
+
 def test_several_replies_are_one_when_more_than_half_have_a_score() -> None:
     four, five = (Verdict(status=Status.OK, value=v) for v in (4.0, 5.0))
     assert mean_of([four, five, five, failed("x")]).value == pytest.approx(14 / 3)

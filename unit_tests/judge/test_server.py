@@ -193,6 +193,31 @@ def test_a_judge_that_forgets_the_score_is_asked_for_the_last_line(serve: Make, 
     assert server.questions[-1].body["messages"][1]["content"] == "Hm, on and on"
 
 
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_a_score_within_reasoning_that_was_cut_off_is_not_the_verdict(
+    serve: Make, judge: Make, pictures: Make, logprobs: bool
+) -> None:
+    """The judge weighs a score of 3 when its tokens run out; asked for the last line, it says 5 and goes on."""
+    weighing, at = ["A", " score", ":", " 3", " would", " need", " more", " light", " but"], 3
+    final = ["Score", ":", " [", "5", "]", " because", " it", " is"]
+
+    def wordy(question: Question) -> Raw:
+        last = len(question.body["messages"]) > 1
+        levels = ({"5": 0.9} if last else {"3": 0.9}) if logprobs else None
+        return completion(final if last else weighing, levels, at=at, finish="length")
+
+    server = serve(wordy)
+    asked = judge(server, samples=1)
+    scores = asked.score(pictures([0.5]))
+    assert (scores.status, scores.values.tolist()) == ((Status.OK,), [5.0])
+    server.behaviour = lambda question: completion(weighing, {"3": 0.9} if logprobs else None, at=at, finish="length")
+    scores = asked.score(pictures([0.5]))
+    assert scores.status == (Status.FAILED,)
+    assert "was cut off before its score; raise `reasoning_tokens`" in scores.reasons[0]
+    server.behaviour = lambda question: completion(weighing, {"3": 0.9} if logprobs else None, at=at)
+    assert asked.score(pictures([0.5])).values.tolist() == [3.0]  # it had its say
+
+
 def test_a_server_that_is_too_slow_costs_its_timeout_only(serve: Make, judge: Make, pictures: Make) -> None:
     server = serve()
     asked = judge(server, timeout=0.2, retries=1)

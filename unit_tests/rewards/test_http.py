@@ -45,6 +45,8 @@ class Bright(RewardModel[NoOptions]):
         self.pause = 0.0
 
     def applies(self, prompt: Prompt) -> bool:
+        if prompt.category == "odd":
+            raise ValueError("a category that nobody knows")
         return prompt.category != "other"
 
     def score(self, samples: Sequence[Sample]) -> Scores:
@@ -181,6 +183,20 @@ def test_statuses_travel_with_their_reasons_and_an_exception_fails_its_picture_a
     scores = reward(serve().address).score(shown)
     assert scores.status == (Status.OK, Status.REFUSED, Status.FAILED, Status.NOT_APPLICABLE, Status.FAILED)
     assert scores.reasons[1:] == ("it is REFUSED", "it is FAILED", "it is NOT_APPLICABLE", "ValueError: no such thing")
+
+
+def test_bad_metadata_fail_their_own_request_in_a_batch_of_several(serve: Make, reward: Make, model: Bright) -> None:
+    """Four requests wait behind a slow one and are scored together; two of them say nothing that makes sense."""
+    asked = reward(serve(batch=16).address, batch_size=1, concurrency=8)
+    model.pause = 0.3
+    rows = [*samples("first", "b"), *samples("c", metadata={"categories": "no"}), *samples("d"),
+            *samples("e", category="odd"), *samples("f")]  # fmt: skip
+    scores = asked.score(rows)
+    assert max(map(len, model.shown)) > 1
+    assert [status is Status.OK for status in scores.status] == [True, True, False, True, False, True]
+    assert "metadata `categories` is 'no'" in scores.reasons[2]
+    assert scores.reasons[4] == "ValueError: a category that nobody knows"
+    assert torch.equal(scores.values[[1, 3, 5]], torch.stack([rows[i].image.mean() for i in (1, 3, 5)]))
 
 
 def test_what_a_reward_does_not_apply_to_is_not_applicable(serve: Make, reward: Make, model: Bright) -> None:

@@ -11,9 +11,10 @@ from itertools import accumulate
 
 import torch
 
+from velatura.core.errors import VelaturaError
 from velatura.core.judge import Judge, WeightedReward
 from velatura.core.served import Served
-from velatura.core.types import Sample, Scores, Status
+from velatura.core.types import Prompt, Sample, Scores, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,7 @@ class Scorer:
         ending = False
         while not ending:
             jobs, ending = self._waiting()
-            flat = [sample for job in jobs for sample in job.samples]
-            scores = self._scored(flat) if flat else Scores(values=torch.zeros(0), status=())
+            scores = self._merged([sample for job in jobs for sample in job.samples])
             stops = list(accumulate(len(job.samples) for job in jobs))
             for job, stop in zip(jobs, stops, strict=True):
                 job.scores.set_result(_part(scores, stop - len(job.samples), stop))
@@ -68,6 +68,31 @@ class Scorer:
         except queue.Empty:
             return jobs, False
         return jobs, False
+
+    def _merged(self, samples: Sequence[Sample]) -> Scores:
+        """Scores of all requests; a prompt that the reward makes nothing of fails its own pictures alone."""
+        complaints = {id(sample.prompt): self._complaint(sample.prompt) for sample in samples}
+        said = [complaints[id(sample.prompt)] for sample in samples]
+        whole = [i for i, complaint in enumerate(said) if not complaint]
+        values, status = torch.zeros(len(samples)), [Status.FAILED] * len(samples)
+        reasons, notes = list(said), [""] * len(samples)
+        if whole:
+            scores = self._scored([samples[i] for i in whole])
+            for j, i in enumerate(whole):
+                values[i], status[i] = scores.values[j], scores.status[j]
+                reasons[i], notes[i] = scores.reasons[j], (scores.notes or ("",) * len(whole))[j]
+        return Scores(values=values, status=tuple(status), reasons=tuple(reasons), notes=tuple(notes))
+
+    def _complaint(self, prompt: Prompt) -> str:
+        """Why nothing can be said for a prompt, from the reward's own words; empty where something can."""
+        try:
+            if self.served.model.applies(prompt):
+                _ = prompt.membership
+        except VelaturaError as error:
+            return str(error)
+        except Exception as error:  # `applies` of a plugin
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     def _scored(self, samples: Sequence[Sample]) -> Scores:
         for start in range(0, len(samples), self.batch):

@@ -15,7 +15,7 @@ from torch import Tensor
 from velatura.api import Context, Prompt, Sample, Scores, Status, VelaturaError
 from velatura.rewards.faces.instructions import adds_people, changed
 from velatura.rewards.faces.matching import assigned, ramp
-from velatura.rewards.faces.options import FaceOptions, FaceReward, asked_for, open_reader
+from velatura.rewards.faces.options import FaceOptions, FaceReward, asked_for, open_reader, surely
 from velatura.rewards.faces.reading import Faces, Reader
 from velatura.rewards.measured import Measured, measured
 
@@ -42,9 +42,6 @@ class IdentityOptions(FaceOptions):
         "first", description="Whose faces are to be kept: of the first source picture, or of every one."
     )
     min_face: int = Field(48, ge=16, description="Pixels of height that a source face needs; half of it in the edit.")
-    min_confidence: float = Field(
-        0.9, ge=0.7, le=1, description="Of the detector, for source faces and for extra ones."
-    )
     min_sharpness: float = Field(0.1, ge=0, le=1, description="Of source faces; below .1 nobody recognises them.")
     max_yaw: float = Field(60.0, gt=0, le=90, description="Degrees that a source face may be turned away.")
     field: str = Field(
@@ -135,6 +132,11 @@ class FaceIdentity(FaceReward[IdentityOptions]):
         full, none = self.options.full, self.options.none
         return reader.full if full is None else full, reader.none if none is None else none
 
+    @property
+    def _sure(self) -> float:
+        assert self._reader is not None
+        return surely(self.options, self._reader)
+
     def _excused(self, prompt: Prompt) -> str:
         """Why the faces need not stay what they are; empty where they have to."""
         said = prompt.metadata.get(self.options.field)
@@ -189,7 +191,7 @@ class FaceIdentity(FaceReward[IdentityOptions]):
             return Wanted(None, 0, "The source shows no face")
         kept = [
             faces.only(
-                (faces.confidence >= options.min_confidence)
+                (faces.confidence >= self._sure)
                 & (faces.heights >= options.min_face)
                 & (faces.sharpness >= options.min_sharpness)
                 & (faces.yaw.abs() <= options.max_yaw)
@@ -208,7 +210,7 @@ class FaceIdentity(FaceReward[IdentityOptions]):
         weight = required.confidence.double() * (required.sharpness / SHARP).clamp_max(1)
         kept = float((weight * ramp(apart, none, full)).sum() / weight.sum())
         allowed = max(wanted.seen, asked_for(prompt, self.options.faces_field) or 0)
-        sure = int((shown.confidence >= self.options.min_confidence).sum())
+        sure = int((shown.confidence >= self._sure).sum())
         extra = 0 if adds_people(prompt.text) else max(0, sure - allowed)
         said = ", ".join(f"{one:.2f}" for one in apart.tolist())
         note = f"{len(shown)} faces for {len(required)}, at distances {said}"

@@ -13,8 +13,10 @@ from pydantic import Field, model_validator
 
 from velatura.api import Context, Options, Prompt, RewardModel, VelaturaError
 from velatura.core.fingerprint import files_hash, options_fingerprint
+from velatura.rewards.faces.detection import THRESHOLDS
 from velatura.rewards.faces.reading import OwnReader, Reader
 
+LEAST = THRESHOLDS[-1]
 Given = TypeVar("Given", bound="FaceOptions")
 
 
@@ -39,6 +41,19 @@ class FaceOptions(Options):
         "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="`auto` is the device of the run; or `cuda:1`."
     )
     batch: int = Field(32, ge=1, description="Faces in one forward of the recogniser.")
+
+    min_confidence: float | None = Field(
+        None,
+        ge=0.5,
+        le=1,
+        description="Of the detector, for a face that counts as one: of a source, or too many; null: .9 (SCRFD: .6).",
+    )
+
+    @model_validator(mode="after")
+    def _finds_such(self) -> Self:
+        if self.backend == "own" and self.min_confidence is not None and self.min_confidence < LEAST:
+            raise ValueError(f"`min_confidence` is {self.min_confidence:g}, and MTCNN names no face below {LEAST:g}")
+        return self
 
     @model_validator(mode="after")
     def _licensed(self) -> Self:
@@ -98,6 +113,11 @@ def open_reader(user: str, options: FaceOptions, context: Context) -> Reader:
     )  # fmt: skip
     root = context.resolve(Path(options.insightface_root).expanduser())
     return InsightReader(user, root, options.insightface_model, device)
+
+
+def surely(options: FaceOptions, reader: Reader) -> float:
+    """The confidence from which a face counts as one: what the recipe says, or what suits the detector."""
+    return reader.sure if options.min_confidence is None else options.min_confidence
 
 
 def asked_for(prompt: Prompt, field: str) -> int | None:

@@ -11,13 +11,12 @@ from torch import Tensor
 from velatura.api import Context, Prompt, Sample, Scores, Status, VelaturaError
 from velatura.rewards.brisque import Regression, features_of, folder_of_parameters, luminance
 from velatura.rewards.faces.matching import ramp
-from velatura.rewards.faces.options import FaceOptions, FaceReward, asked_for, open_reader
+from velatura.rewards.faces.options import FaceOptions, FaceReward, asked_for, open_reader, surely
 from velatura.rewards.faces.reading import Faces, Reader
 from velatura.rewards.measured import Measured, measured
 
 SMALLEST = 16
 """Pixels of height of the smallest face that is looked for."""
-CONFIDENCE = (0.7, 0.95)
 SHARPNESS = (0.08, 0.18)
 MISFIT = (0.3, 0.12)
 """Where each check gives nothing, and from where it gives everything. Of 62 generated faces 99 % misfit by below .1."""
@@ -37,7 +36,6 @@ class PortraitOptions(FaceOptions):
         0.15, gt=0, le=1, description="Height of a face, of the shorter side of the picture, that is large enough."
     )
     extra: float = Field(0.5, ge=0, description="What a face too many costs, over the number of faces asked for.")
-    min_confidence: float = Field(0.9, ge=0.7, le=1, description="Of the detector, for a face that is too many.")
     brisque: bool = Field(
         False, description="Whether the quality of each face by `brisque` is a fifth check; needs its parameters."
     )
@@ -83,22 +81,25 @@ class PortraitChecks(FaceReward[PortraitOptions]):
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         """[B] in [0, 1]; what was found stands in the notes."""
-        if self._reader is None:
-            raise VelaturaError(f"'{self.name}' has no networks yet: call `setup` before it is asked.")
+        reader = self._open
         judged = [s for s in samples if self.applies(s.prompt) and bool(s.image.isfinite().all())]
         found = {
             id(sample): self._judge(sample, faces)
             for size, rows in by_side(judged).items()
             for sample, faces in zip(
                 rows,
-                self._reader.read(
-                    [s.image for s in rows], max(SMALLEST, size * self.options.share / 4), recognise=False
-                ),
+                reader.read([s.image for s in rows], max(SMALLEST, size * self.options.share / 4), recognise=False),
                 strict=True,
             )
         }
         outside = Measured(status=Status.NOT_APPLICABLE, reason="The prompt asks for no portrait")
         return measured(samples, lambda sample: found.get(id(sample), outside))
+
+    @property
+    def _open(self) -> Reader:
+        if self._reader is None:
+            raise VelaturaError(f"'{self.name}' has no networks yet: call `setup` before it is asked.")
+        return self._reader
 
     def _judge(self, sample: Sample, faces: Faces) -> Measured:
         asked = asked_for(sample.prompt, self.options.field)
@@ -106,7 +107,7 @@ class PortraitChecks(FaceReward[PortraitOptions]):
         checks = self._checks(sample.image, faces)
         quality = checks.prod(1) ** (1 / checks.shape[1])
         order = quality.argsort(descending=True, stable=True)
-        extra = int((faces.confidence[order[wanted:]] >= self.options.min_confidence).sum())
+        extra = int((faces.confidence[order[wanted:]] >= surely(self.options, self._open)).sum())
         credit = float(quality[order[:wanted]].sum()) - self.options.extra * extra
         said = "; ".join(" ".join(f"{check:.2f}" for check in row) for row in checks[order].tolist())
         names = "confidence size shape sharpness" + (" brisque" if self._quality else "")
@@ -116,7 +117,7 @@ class PortraitChecks(FaceReward[PortraitOptions]):
     def _checks(self, image: Tensor, faces: Faces) -> Tensor:
         """[N 4], or 5 with `brisque`, each in [0, 1]."""
         columns = [
-            ramp(faces.confidence.double(), *CONFIDENCE),
+            ramp(faces.confidence.double(), *self._open.confidence),
             (faces.heights.double() / min(faces.size) / self.options.share).clamp(0, 1),
             ramp(faces.misfit, *MISFIT),
             ramp(faces.sharpness, *SHARPNESS),

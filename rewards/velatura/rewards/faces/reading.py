@@ -61,6 +61,10 @@ class Reader(Protocol):
     """Distance of embeddings up to which two pictures of a person are as alike as two photographs may be."""
     none: float
     """Distance from which two faces are those of two persons."""
+    sure: float
+    """Confidence of the detector from which what it found counts as a face."""
+    confidence: tuple[float, float]
+    """Where a face found earns nothing for how sure the detector is, and from where everything."""
 
     def read(self, images: Sequence[Tensor], smallest: float, recognise: bool) -> list[Faces]:
         """The faces of pictures [3 H W] that are at least `smallest` pixels high."""
@@ -75,6 +79,7 @@ class OwnReader:
     """
 
     full, none = 0.35, 0.6
+    sure, confidence = 0.9, (0.7, 0.95)
 
     def __init__(self, device: torch.device, batch: int) -> None:
         """`batch`: chips in one forward of the recogniser.

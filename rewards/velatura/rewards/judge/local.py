@@ -18,7 +18,7 @@ from velatura.api import Context, Usage, VelaturaError
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pictures import to_picture
 from velatura.rewards.judge.rubric import Question, Rubric
-from velatura.rewards.judge.scoring import MARKER, NOT_APPLICABLE, SCORE, Verdict, expected, failed
+from velatura.rewards.judge.scoring import MARKER, NOT_APPLICABLE, Verdict, expected, failed, last_score
 
 FORCED = f"\n{MARKER}"
 """Written after the reasoning by us, so that the next token is the level."""
@@ -175,7 +175,9 @@ class LocalJudge:
         made = self.model.net.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
         self.usage += Usage(completion=int((made != config.pad_token_id).sum()))
         said = self.model.processor.batch_decode(made, skip_special_tokens=True)
-        return [_before_score(text) for text in said]
+        stops = torch.tensor(ends, device=made.device).flatten()
+        ended = torch.isin(made, stops).any(1).tolist()
+        return [_before_score(text, is_cut=not whole) for text, whole in zip(said, ended, strict=True)]
 
 
 def in_chat_format(processor: Any, question: Question, max_pixels: int | None) -> tuple[str, list[Image.Image]]:
@@ -232,9 +234,7 @@ def _plain(text: str) -> str:
     return text.replace("<|", "< |").replace("|>", "| >")
 
 
-def _before_score(text: str) -> str:
-    """Reasoning without the line that states the score."""
-    found = None
-    for match in SCORE.finditer(text):
-        found = match
+def _before_score(text: str, *, is_cut: bool) -> str:
+    """Reasoning without the line that states the score; of one that was cut off that may not have come yet."""
+    found = last_score(text, is_cut=is_cut)
     return (text if found is None else text[: found.start()]).rstrip("\n *#")

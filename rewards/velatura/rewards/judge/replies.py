@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from velatura.api import Status, Usage, VelaturaError
 from velatura.rewards.judge.rubric import Rubric
 from velatura.rewards.judge.scoring import (
     NOT_APPLICABLE,
+    SCORE,
     Verdict,
     expected,
     failed,
@@ -59,7 +60,13 @@ class Reply:
     @property
     def states_no_score(self) -> bool:
         """Whether it is worth asking for the last line again."""
-        return not self.refusal and without_score(self.text).status is Status.FAILED and last_score(self.text) is None
+        without = last_score(self.text, is_cut=self.is_cut) is None
+        return not self.refusal and without and without_score(self.text).status is Status.FAILED
+
+    @property
+    def from_its_score_on(self) -> Reply:
+        """The same; one that begins with its score says it, however long it goes on and wherever it was cut."""
+        return replace(self, is_cut=False) if SCORE.match(self.text.lstrip(" \n*#>`-")) else self
 
 
 def parsed(body: bytes) -> Reply:
@@ -101,9 +108,9 @@ def reading(reply: Reply, rubric: Rubric, min_mass: float) -> Verdict:
     if reply.tokens is None:
         return failed("the reply has no logprobs, and earlier ones had", reply.text)
     text = "".join(token.text for token in reply.tokens)
-    found = last_score(text)
+    found = last_score(text, is_cut=reply.is_cut)
     if found is None:
-        return without_score(reply.text)
+        return without_score(reply.text, is_cut=reply.is_cut)
     answer, start = found["answer"], found.start("answer")
     token, before = _token_at(reply.tokens, start)
     none = is_not_applicable(answer)
@@ -119,7 +126,7 @@ def reading(reply: Reply, rubric: Rubric, min_mass: float) -> Verdict:
 
 def stated(reply: Reply, rubric: Rubric) -> Verdict:
     """The verdict that a reply states in words, for servers without probabilities."""
-    return _refused(reply) if reply.refusal else written(reply.text, tuple(rubric.levels))
+    return _refused(reply) if reply.refusal else written(reply.text, tuple(rubric.levels), is_cut=reply.is_cut)
 
 
 def _refused(reply: Reply) -> Verdict:

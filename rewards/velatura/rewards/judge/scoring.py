@@ -17,6 +17,8 @@ MARKER = "Score: ["
 """What stands before the level. The bracket keeps tokenizers from drawing a space into the token of the level."""
 SCORE = re.compile(r"\bscore\W{0,6}?:[\s*\[(\"'`]*(?P<answer>n\s*/\s*a\b|[+-]?\d+(?:[.,]\d+)?)", re.IGNORECASE)
 """A score in a reply, as models write it: `Score: [4]`, `**Score:** 4/5`, `Score: N/A`."""
+SIGNS = re.compile(r"[\W\d_]*")
+"""What may follow a level at the end of a reply: a bracket, `/5`, stars."""
 REFUSALS = re.compile(
     r"\b(?:i(?:'m| am) sorry|i apologi[sz]e|i (?:can(?:no|')t|can not|won't|am (?:not able|unable) to) (?:assist|help|"
     r"judge|rate|evaluate|assess|comply|provide|describe|identify)|as an ai\b)",
@@ -84,11 +86,11 @@ def expected(levels: Mapping[int, float], *, none: float = -math.inf, min_mass: 
     return Verdict(status=Status.OK, value=value, note=said, mass=mass)
 
 
-def written(text: str, levels: Sequence[int]) -> Verdict:
-    """The last score that a text states, for judges without probabilities."""
-    found = last_score(text)
+def written(text: str, levels: Sequence[int], *, is_cut: bool = False) -> Verdict:
+    """The last score that a text states, for judges without probabilities. `is_cut`: it ended before its end."""
+    found = last_score(text, is_cut=is_cut)
     if found is None:
-        return without_score(text)
+        return without_score(text, is_cut=is_cut)
     answer = found["answer"]
     if is_not_applicable(answer):
         return not_applicable(text)
@@ -97,12 +99,13 @@ def written(text: str, levels: Sequence[int]) -> Verdict:
     return Verdict(status=Status.OK, value=float(answer), note=text)
 
 
-def last_score(text: str) -> re.Match[str] | None:
-    """The last statement of a score in a text."""
+def last_score(text: str, *, is_cut: bool = False) -> re.Match[str] | None:
+    """The last statement of a score in a text. In one that was cut off only where the text ends with it: within
+    reasoning `a score: 3 would mean ...` is not the judge's verdict."""
     found = None
     for match in SCORE.finditer(text):
         found = match
-    return found
+    return None if found is not None and is_cut and not SIGNS.fullmatch(text, found.end()) else found
 
 
 def is_not_applicable(answer: str) -> bool:
@@ -110,14 +113,16 @@ def is_not_applicable(answer: str) -> bool:
     return answer[:1].lower() == "n"
 
 
-def without_score(text: str) -> Verdict:
-    """A reply that states no score is a refusal or a mistake."""
+def without_score(text: str, *, is_cut: bool = False) -> Verdict:
+    """A reply that states no score is a refusal, a mistake, or too long."""
     if not text.strip():
         return failed("the judge's reply is empty")
     said = " ".join(text.split())
     short = said if len(said) <= 120 else f"{said[:117]}..."
     if REFUSALS.search(text):
         return Verdict(status=Status.REFUSED, reason=f"the judge refused: {short!r}", note=text)
+    if is_cut:
+        return failed(f"the judge's reply was cut off before its score; raise `reasoning_tokens`: {short!r}", text)
     return failed(f"the judge's reply has no line 'Score: [level]': {short!r}", text)
 
 

@@ -120,13 +120,13 @@ class ServerJudge:
         return reading(reply, self.rubric, self.options.min_mass)
 
     async def _last_line(self, batch: Exchange, messages: list[Message], reply: Reply) -> Reply:
-        """Ask for the line with the score alone, after a reply that ended without."""
+        """Ask for the line with the score alone, after a reply that ended, or was cut off, without."""
         more = [
             *messages,
             {"role": "assistant", "content": reply.text},
             {"role": "user", "content": self.rubric.last_line},
         ]
-        return await self._ask(batch, more, LAST_LINE_TOKENS)
+        return (await self._ask(batch, more, LAST_LINE_TOKENS)).from_its_score_on
 
     async def _averaged(self, batch: Exchange, messages: list[Message]) -> Verdict:
         """The mean of several written scores, for servers without probabilities."""
