@@ -49,7 +49,8 @@ def compared(bias: float) -> serving.Behaviour:
         middle = 3 + (second - first) - bias
         weight = {str(level): math.exp(-2 * (level - middle) ** 2) for level in range(1, 6)}
         total = sum(weight.values())
-        return serving.scored({level: w / total for level, w in weight.items()})
+        said = json.loads(serving.scored({level: w / total for level, w in weight.items()}).body)
+        return serving.Raw(json.dumps(said | {"usage": {"prompt_tokens": 700, "completion_tokens": 9}}).encode())
 
     return answer
 
@@ -61,6 +62,8 @@ def test_the_worth_of_the_first_place_is_found(card: Card, tmp_path: Path, bias:
     position = found["measures"]["position"]
     assert found["reward"]["scope"] == "group"
     assert found["measures"]["pairs"]["within-policy"]["half"]["value"] > 0.9  # both orders are asked for the score
+    cost = found["measures"]["cost"]  # a pair is asked about in both orders; the look at the orders is not of its cost
+    assert (cost["prompt_tokens"], cost["completion_tokens"]) == (700, 9)
     outcome = {row["name"]: row["outcome"] for row in found["criteria"]}["both orders"]
     if bias:
         assert position["bias"]["value"] > 0.3

@@ -44,6 +44,8 @@ class Scoring:
     """Of each call."""
     pictures: int = 0
     """Scored in these calls."""
+    usage: Usage | None = None
+    """Tokens of these calls, and of no other question that the model was asked; None while it counts none."""
     _known: dict[Group, Floats] = field(default_factory=dict)
 
     @property
@@ -93,10 +95,12 @@ class Scoring:
             for s in group
         ]
         with Judge([reward], max_failed=1.0, retries=self.retries) as judge:
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), self.model.usage()
             judge.submit(samples)
             report = judge.report([sample.prompt for sample in samples])
             self.seconds.append(time.perf_counter() - begin)
+        if (after := self.model.usage()) is not None:
+            self.usage = (self.usage or Usage()) + after - (before or Usage())
         status = [Status(int(code)) for code in report.status[:, 0]]
         self.pictures += len(samples)
         self.status.update(status)
@@ -112,11 +116,6 @@ class Scoring:
         """Share of the pictures it had to judge that got no score."""
         asked = sum(count for status, count in self.status.items() if status is not Status.NOT_APPLICABLE)
         return (self.status[Status.FAILED] + self.status[Status.REFUSED]) / asked if asked else float("nan")
-
-    @property
-    def usage(self) -> Usage | None:
-        """Tokens so far."""
-        return self.model.usage()
 
 
 def prompt_of(picture: RatedPicture) -> Prompt:
