@@ -224,6 +224,43 @@ def test_what_failed_before_an_interruption_is_counted_with_the_rest(start: Star
         assert failures(stage)[0] == before
 
 
+def test_weights_follow_a_policy_that_changed_and_a_resumed_run_follows_alike(folder: Path, start: Start) -> None:
+    rewards = "[{use: noisy/brightness, name: bright}, {use: noisy/echo, name: echo}, " \
+              "{use: tinyworld-sharpness, name: sharp}]"  # fmt: skip
+    given = (
+        f"{STAGE}.rewards={rewards}", f"stages.teacher.rewards={rewards}", f"{STAGE}.prior_groups=1.0",
+        f"{STAGE}.budgets={{default: {{bright: 0.34, echo: 0.33, sharp: 0.33}}}}", "stages.teacher.prompts_per_step=24",
+        "stages.teacher.recalibrate={every: 4, max_change: 0.05, bootstrap: 5}", "stages.teacher.updates_per_step=2",
+    )  # fmt: skip
+    start("following", *given, only="weights")
+    (folder / "echoes").touch()
+    try:
+        run = start("following", *given)
+        teacher = run / "teacher"
+        log = [json.loads(line) for line in (teacher / "metrics.jsonl").read_text().splitlines()]
+        assert [row["weights/version"] for row in log] == [0, 2, 2, 4]  # 2 x 24 groups, in two categories; 2 updates
+        rows = pq.read_table(teacher / "weight_ledger.parquet").to_pylist()
+        assert [(row["version"], row["policy_step"]) for row in rows if row["reward"] == "sharp"] == [
+            (0, 0), (0, 0), (1, 2), (2, 2), (3, 4), (4, 4)
+        ]  # fmt: skip
+        for category in ("portrait", "single"):
+            sharp = [r["weight"] for r in rows if r["category"] == category and r["reward"] == "sharp"]
+            assert sharp[1] - sharp[0] == pytest.approx(0.05) and sharp[2] > sharp[1]
+        assert {r["policy"] for r in rows} == {"base", "teacher"}
+        assert "from step 2 on" in build_report(run).read_text()
+        before = (teacher / "weights.safetensors").read_bytes()
+        for path in (teacher / "checkpoints").glob("step-00000[34]"):
+            shutil.rmtree(path)
+        (teacher / "weights.safetensors").unlink()
+        manifest = json.loads((teacher / "manifest.json").read_text())
+        (teacher / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+        start("following", *given)
+        assert pq.read_table(teacher / "weight_ledger.parquet").to_pylist() == rows
+        assert (teacher / "weights.safetensors").read_bytes() == before
+    finally:
+        (folder / "echoes").unlink()
+
+
 def test_a_curate_stage_compares_with_the_same_weights_in_units_of_each_spread(done: Path, start: Start) -> None:
     start(
         "done", "stages.choose={stage: curate, weights_from: weights, group_size: 4, prompt_filter: {use: range}}",
@@ -294,6 +331,8 @@ def test_budgets_follow_people_where_that_holds_elsewhere(folder: Path, done: Pa
         ("stages.teacher.rewards.1.name=shap", "rewards.1", "Did you mean 'sharp'?"),
         ("stages.teacher.rewards.0.with.noise=0.5", "rewards.0", "is not the reward that 'weights' calibrates"),
         ("stages.teacher.task={use: tinyworld, with: {task: t2i, categories: [pair]}}", "weights_from", "'pair'"),
+        ("stages.extra={stage: rl, recalibrate: {every: 5}}", "stages.extra", "name that stage in 'weights_from'"),
+        ("stages.teacher.recalibrate={every: 0}", "recalibrate.every", "greater than or equal to 1"),
         ("stages.teacher.weights_from=null", "advantage", "how noisy 'bright', 'sharp' is"),
         ("stages.teacher.advantage={use: group-z, with: {veto: {shap: 0.1}}}", "advantage", "Did you mean 'sharp'?"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class Calibration:
     """Category -> name -> pooled std of the scores within a group."""
     sigma: Mapping[str, Tensor]
     """Category -> [M M] correlations of standardised scores within a group; 0 beside the diagonal where not known."""
+
+    budgets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Category -> reward -> share of the advantage's variance that it is to have, as written or as people's choices
+    say."""
 
     def correlation(self, category: str, rewards: Sequence[str]) -> Tensor:
         """[R R] of some rewards in this order; those it does not know are correlated with nothing."""

@@ -73,9 +73,13 @@ class Statistics:
     """[P M M] groups in which both were scored."""
 
 
-def statistics(measured: Measured) -> Statistics:
-    """Noise, spread, reliability and the products that correlations are means of. The first pass is what counts."""
-    noise = {c: _noise(measured, share) for c, share in measured.shares.items()}
+def statistics(measured: Measured, noise: Mapping[str, Floats] | None = None) -> Statistics:
+    """Noise, spread, reliability and the products that correlations are means of. The first pass is what counts.
+
+    `noise`: category -> [M], where it is known from elsewhere.
+    """
+    if noise is None:
+        noise = {c: _noise(measured, share) for c, share in measured.shares.items()}
     valid = measured.valid[0]
     count = _per_group(valid.astype(float), measured)
     scores = np.where(valid, measured.scores[0], 0.0)
@@ -169,10 +173,10 @@ def no_harm(sigma: Floats, start: Floats, kappa: float) -> Unharmed:
     """
     free = start > 0
     if _least(sigma, start) >= kappa - SLACK:
-        return Unharmed(weights=start, correlation=_correlation(sigma, start), is_feasible=True)
+        return Unharmed(weights=start, correlation=correlation_with(sigma, start), is_feasible=True)
     best = _max_min(sigma, start, free)
     if _least(sigma, best) < kappa - SLACK:
-        return Unharmed(weights=best, correlation=_correlation(sigma, best), is_feasible=False)
+        return Unharmed(weights=best, correlation=correlation_with(sigma, best), is_feasible=False)
     guarded = np.diag(sigma) > FLOOR
     trained = sigma[: len(start), : len(start)]
 
@@ -190,7 +194,7 @@ def no_harm(sigma: Floats, start: Floats, kappa: float) -> Unharmed:
     )  # fmt: skip
     nearest = _normalised(solved.x)
     w = nearest if _least(sigma, nearest) >= kappa - 1e-4 else best
-    return Unharmed(weights=w, correlation=_correlation(sigma, w), is_feasible=True)
+    return Unharmed(weights=w, correlation=correlation_with(sigma, w), is_feasible=True)
 
 
 def sigma_hash(sigma: Floats) -> str:
@@ -214,8 +218,8 @@ def standard_errors(
     return np.asarray(np.std(drawn, axis=0, ddof=1)) if len(drawn) > 1 else np.full(len(budget), np.nan)
 
 
-def _correlation(sigma: Floats, w: Floats) -> Floats:
-    """[M] of the weighted sum with everything."""
+def correlation_with(sigma: Floats, w: Floats) -> Floats:
+    """[M] of the sum that the first rewards make under weights `w` [K] with everything; NaN where one never varies."""
     pull = sigma[:, : len(w)] @ w
     scale = np.sqrt(np.diag(sigma) * max(float(w @ pull[: len(w)]), 1e-30))
     return np.where(np.diag(sigma) > FLOOR, pull / np.maximum(scale, 1e-15), np.nan)
@@ -223,7 +227,7 @@ def _correlation(sigma: Floats, w: Floats) -> Floats:
 
 def _least(sigma: Floats, w: Floats) -> float:
     """The least correlation with anything that varies; infinite where nothing does."""
-    found = _correlation(sigma, w)
+    found = correlation_with(sigma, w)
     known = found[~np.isnan(found)]
     return float(known.min()) if len(known) else np.inf
 
@@ -241,7 +245,7 @@ def _max_min(sigma: Floats, start: Floats, free: Bools) -> Floats:
             bounds=[*((0, float(own)) for own in free), (-1, 1)], options={"ftol": 1e-12, "maxiter": 300},
             constraints=[
                 {"type": "eq", "fun": lambda x: x[:-1].sum() - 1},
-                {"type": "ineq", "fun": lambda x: (_correlation(sigma, x[:-1]) - x[-1])[guarded]},
+                {"type": "ineq", "fun": lambda x: (correlation_with(sigma, x[:-1]) - x[-1])[guarded]},
             ],
         )  # fmt: skip
         if np.isfinite(solved.x).all() and solved.x[:-1].sum() > 0:

@@ -243,7 +243,8 @@ class AdvantageEstimator(Component[O]):
         return ""
 
     def calibrate(self, calibration: Calibration) -> None:
-        """What a calibrate stage measured, given once after `setup` where the stage takes its weights from one."""
+        """What a calibrate stage measured, given after `setup` where the stage takes its weights from one; and given
+        again, before the next step, whenever the stage weighs its rewards anew."""
 
     def unprepared(self, weights: Mapping[str, Mapping[str, float]]) -> str:
         """What it does not know of the stage's prompts (category -> reward -> largest weight there), empty when nothing

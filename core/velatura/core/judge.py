@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -106,6 +106,14 @@ class Judge:
         parts = zip(self._threads, self.rewards, self._askers, strict=True)
         scored = [thread.submit(self._score, reward, asker, own, repeat) for thread, reward, asker in parts]
         self._pending.append((own, scored))
+
+    def reweigh(self, weights: Mapping[str, Mapping[str, float]]) -> None:
+        """Label -> category -> weight, from the next samples on. Between a report and the samples after it, so that no
+        report mixes two versions."""
+        self.rewards = tuple(
+            replace(r, weight=0.0, weight_by_category=weights[r.label]) if r.label in weights else r
+            for r in self.rewards
+        )
 
     def check_golden(self) -> None:
         """Score every reward's golden set now, in this process.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,22 @@ class Golden(Settings):
     allowed: Share = Field(0.0, description="Largest share of the expectations that may be wrong.")
     max_drift: NotNegative | None = Field(
         None, description="Largest change of a picture's score since the check at the start; null allows any."
+    )
+
+
+class Recalibrate(Settings):
+    """When weights that a calibrate stage found are looked at again, on the samples of the policy that is trained."""
+
+    every: Count = Field(200, description="Optimiser steps after which weights are found anew, whatever has changed.")
+    groups: Count = Field(200, description="The latest groups of a category that are measured.")
+    drift: Share = Field(
+        0.1, description="Before that, as soon as the share of a reward lies this far from what it was to be."
+    )
+    max_change: Annotated[float, Field(strict=True, gt=0, le=1)] = Field(
+        0.1, description="Largest change of a weight at a time."
+    )
+    bootstrap: Annotated[int, Field(strict=True, ge=2)] = Field(
+        200, description="Resamples for the standard errors; what changes by less than one is left alone."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from velatura.core.base_settings import Count, Decay, NotNegative, Positive, Real, Ref, Settings, Share, Whole
-from velatura.core.reward_settings import RewardRef
+from velatura.core.reward_settings import Recalibrate, RewardRef
 
 
 class Engine(Settings):
@@ -150,6 +150,9 @@ class RLStage(Settings):
     weights_from: str | None = Field(
         None, description="The calibrate stage that finds the weights of the rewards, in place of those written here."
     )
+    recalibrate: Recalibrate | None = Field(
+        None, description="Finds the weights of `weights_from` anew while the policy changes; null keeps them."
+    )
     advantage: Ref = Ref(use="group-z")
     objective: Ref = Ref(use="nft")
     prompt_filter: Ref | None = Field(None, description="Drops prompts during training, by their own samples.")
@@ -184,6 +187,12 @@ class RLStage(Settings):
     def _one_origin_of_prompts(self) -> RLStage:
         if (self.task is None) == (self.prompts is None):
             raise ValueError("give either 'prompts' (the name of a curate stage) or 'task', and not both")
+        return self
+
+    @model_validator(mode="after")
+    def _has_weights_to_follow(self) -> RLStage:
+        if self.recalibrate is not None and self.weights_from is None:
+            raise ValueError("'recalibrate' follows up what a calibrate stage found: name that stage in 'weights_from'")
         return self
 
     @model_validator(mode="after")

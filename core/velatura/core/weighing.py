@@ -72,12 +72,7 @@ def weigh(
     names, share = measured.names, measured.shares[category]
     wanted = np.array([budget.get(name, 0.0) for name in names[: rules.rewards]])
     wanted = wanted / wanted.sum()
-    sigma = correlations(found, share, prior=rules.prior)
-    update = correlations(found, share, prior=rules.prior, shrunk=True)
-    silent = np.isnan(
-        found.spread[category]
-    )  # does not apply here: what other categories say of it is beside the point
-    update[silent, :], update[:, silent] = 0.0, 0.0
+    sigma, update = matrices(measured, found, category, rules)
     trained = sigma[: rules.rewards, : rules.rewards]
     start = risk_budget(trained, wanted)
     kept = no_harm(update, start, rules.kappa)
@@ -94,6 +89,16 @@ def weigh(
         correlation=kept.correlation, sigma=sigma, sigma_hash=sigma_hash(sigma), is_conflicting=not kept.is_feasible,
         reason="; ".join([origin, *remarks]),
     )  # fmt: skip
+
+
+def matrices(measured: Measured, found: Statistics, category: str, rules: Rules) -> tuple[Floats, Floats]:
+    """[M M] correlations of a category before reliability, for budgets; and after it, which say what an update does."""
+    share = measured.shares[category]
+    sigma = correlations(found, share, prior=rules.prior)
+    update = correlations(found, share, prior=rules.prior, shrunk=True)
+    silent = np.isnan(found.spread[category])  # does not apply here: what other categories say is beside the point
+    update[silent, :], update[:, silent] = 0.0, 0.0
+    return sigma, update
 
 
 def _remarks(names: Sequence[str], start: Floats, kept: Unharmed, rules: Rules, number: float) -> list[str]:

@@ -33,6 +33,8 @@ class Origin:
     model: str
     step: int
     """Steps that made it; 0 for the base."""
+    version: int = 0
+    """Of the weights; those of a calibrate stage are the first."""
 
 
 def write_calibration(
@@ -40,10 +42,7 @@ def write_calibration(
 ) -> None:
     """`calibration.json` for the stages that use it, `weight_ledger.parquet` for people."""
     roles = ["reward"] * rewards + ["guard"] * (len(names) - rewards)
-    rows = [row for own in weighed for row in _rows(names, roles, found, own, origin)]
-    temporary = (folder / LEDGER).with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary)
-    temporary.replace(folder / LEDGER)
+    write_ledger(folder, [row for own in weighed for row in ledger_rows(names, roles, found, own, origin)])
     write_json_atomic(folder / RESULT, {
         "names": list(names), "rewards": rewards, "model": origin.model, "step": origin.step,
         "categories": {own.category: {
@@ -51,11 +50,26 @@ def write_calibration(
             "noise": _named(names, found.noise[own.category]),
             "spread": _named(names, found.spread[own.category]),
             "sigma": own.sigma.tolist(),
+            "budget": _named(names[:rewards], own.budget),
         } for own in weighed},
     })  # fmt: skip
 
 
-def _rows(
+def write_ledger(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """`weight_ledger.parquet`, whole or as it was."""
+    temporary = (folder / LEDGER).with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
+    temporary.replace(folder / LEDGER)
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """Its rows; none where there is no ledger."""
+    path = folder / LEDGER
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist() if path.exists() else []
+    return rows
+
+
+def ledger_rows(
     names: Sequence[str], roles: Sequence[str], found: Statistics, own: Weighed, origin: Origin
 ) -> list[dict[str, Any]]:
     """One row for each reward and guard that has something to say in the category."""
@@ -69,7 +83,7 @@ def _rows(
             "category": own.category, "reward": name, "role": roles[k],
             **{column: _finite(values[k]) for column, values in columns.items()},
             "groups": own.groups, "is_conflicting": own.is_conflicting, "sigma_hash": own.sigma_hash,
-            "policy": origin.model, "policy_step": origin.step, "reason": own.reason,
+            "policy": origin.model, "policy_step": origin.step, "version": origin.version, "reason": own.reason,
         }
         for k, name in enumerate(names)
         if not math.isnan(found.spread[own.category][k])
@@ -103,6 +117,7 @@ def read_calibration(run_folder: Path, stage: str) -> Calibration:
             noise={c: own["noise"] for c, own in by_category.items()},
             spread={c: own["spread"] for c, own in by_category.items()},
             sigma={c: torch.tensor(own["sigma"], dtype=torch.float64) for c, own in by_category.items()},
+            budgets={c: own.get("budget", {}) for c, own in by_category.items()},
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

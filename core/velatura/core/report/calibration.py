@@ -41,7 +41,7 @@ class CategoryWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationPage:
-    """One calibrate stage."""
+    """One calibrate stage, or a training stage that finds its weights anew."""
 
     stage: Stage
     policy: str
@@ -62,7 +62,8 @@ def read_weights_page(stage: Stage, notes: list[str]) -> CalibrationPage | None:
         return None
     by_category: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_category.setdefault(str(row["category"]), []).append(row)
+        later = f", from step {row['policy_step']} on" if row.get("version") else ""
+        by_category.setdefault(f"{row['category']}{later}", []).append(row)
     policy = f"{rows[0]['policy']} at step {rows[0]['policy_step']}" if rows else ""
     return CalibrationPage(
         stage=stage, policy=policy, categories=[_category(name, own) for name, own in by_category.items()],

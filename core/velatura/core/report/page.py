@@ -34,7 +34,9 @@ def build_report(run_folder: Path) -> Path:
     results = read_results(run.of_kind("evaluate"), notes)
     courses = [read_course(stage, notes) for stage in run.of_kind(*TRAINING)]
     curations = [found for stage in run.of_kind("curate") if (found := read_curation(stage, notes))]
-    calibrations = [own for stage in run.of_kind("calibrate") if (own := read_weights_page(stage, notes))]
+    calibrations = [
+        own for stage in [*run.of_kind("calibrate"), *run.of_kind("rl")] if (own := read_weights_page(stage, notes))
+    ]
     judges = read_fitted(run.of_kind("judge-fit"), notes)
     if not run.of_kind("evaluate"):
         notes.append("No evaluation has run yet, so there is nothing to compare.")

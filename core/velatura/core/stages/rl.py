@@ -25,6 +25,7 @@ from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
 from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_log
 from velatura.core.stages.reward_metrics import counted_in, failure_metrics
+from velatura.core.stages.reweighing import Reweighing, follow_policy
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training
 from velatura.core.steps import weighted, with_likelihood
@@ -59,6 +60,7 @@ class Loop:
     stream: PromptStream
     showcase: Showcase
     ledger: TrainingLedger
+    reweighing: Reweighing | None
 
     def step(self, index: int) -> dict[str, float]:
         """Sample, judge, learn."""
@@ -80,6 +82,7 @@ class Loop:
         admitted = report if admission is None else report.only(admission)
         self.ledger.refresh(index, report, admission)
         advantages = self.advantage.estimate(admitted)
+        versions = {} if self.reweighing is None else self.reweighing.after(index, report)
         with watch.phase("update"):
             tally = self.learn(index, made, advantages.of(rows), with_signal(report, advantages), dealt[ranks.rank])
         if SET_OF[Role.OLD] in self.learner.policy.sets:
@@ -93,6 +96,7 @@ class Loop:
             **self.judge.health,
             **admission_metrics(admission),
             **self.ledger.metrics(),
+            **versions,
             **{f"advantage/{name}": value for name, value in advantages.metrics.items()},
             **tally.metrics,
             **watch.seconds,
@@ -308,6 +312,7 @@ def run(stage: StageRun) -> dict[str, Any]:
             ),
             showcase=Showcase(stage, training.policy, sampler, prompts),
             ledger=_ledger(stage),
+            reweighing=follow_policy(stage, training, judge, advantage),
         )
         if training.start == 0:
             loop.showcase.draw(0)

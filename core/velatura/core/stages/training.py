@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from loguru import logger
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from velatura.core.checkpoint import load_latest, save_checkpoint
-from velatura.core.components import AdvantageEstimator, ModelAdapter
+from velatura.core.components import ModelAdapter
 from velatura.core.engine import OptimizerConfig, make_engine
 from velatura.core.engine.protocol import Engine
 from velatura.core.errors import VelaturaError
@@ -23,6 +23,16 @@ from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, m
 
 CARRIED = "memory-"
 """Sections of a checkpoint that hold what components remember begin with this."""
+
+
+class Remembers(Protocol):
+    """Something whose memory is part of a checkpoint."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """What it remembers."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
 
 
 class Training:
@@ -48,7 +58,7 @@ class Training:
         for name in (*sets, *fixed):
             self.policy.remember(name, follows=name in sets)
         self.policy.mark_same(START, CURRENT)
-        self._carried: dict[str, AdvantageEstimator[Any]] = {}
+        self._carried: dict[str, Remembers] = {}
         self._remembered: dict[str, Mapping[str, Tensor]] = {}
         self.start = self._resume()
         self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start) if run.ranks.first else None
@@ -73,7 +83,7 @@ class Training:
         logger.info("{}: goes on from step {}", self.run.name, found.step)
         return int(found.step)
 
-    def carry(self, name: str, component: AdvantageEstimator[Any]) -> None:
+    def carry(self, name: str, component: Remembers) -> None:
         """What `component` remembers is part of every checkpoint from now on, and comes from the one resumed from."""
         self._carried[CARRIED + name] = component
         if CARRIED + name in self._remembered:
