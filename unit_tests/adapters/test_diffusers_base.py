@@ -18,6 +18,7 @@ from velatura.api import Context, Prompt, VelaturaError
 from velatura.core.rollout import Sampler, rollout
 from velatura.plugins.adapters.lora import LORA_NAME
 from velatura.plugins.adapters.qwen_image_21 import QwenImage21, QwenImage21Options
+from velatura.plugins.adapters.visit import Visit
 from velatura.plugins.guidance.policies import RolloutOnly, ScaleOptions
 from velatura.schedulers.kernels import Ode
 
@@ -189,13 +190,17 @@ def test_frozen_parts_stay_for_a_batch_of_rows_and_leave_with_it(
 ) -> None:
     adapter = adapter_of(folder, tmp_path, cache=False)
     moves: list[str] = []
-    to = adapter.pipe.text_encoder.to
-    monkeypatch.setattr(adapter.pipe.text_encoder, "to", lambda where: moves.append(str(where)) or to(where))
+    for name in ("bring", "leave"):
+        own = getattr(Visit, name)
+        monkeypatch.setattr(Visit, name, lambda *given, own=own, name=name: moves.append(name) or own(*given))
     adapter.encode([PROMPT, Prompt(id="q", text="two foxes", task="t2i")])
-    assert moves == ["cpu", "cpu", "cpu"]  # to the device for each row, where it is already; away once, at the end
+    assert moves.count("leave") == 1
+    assert moves[-1] == "leave"
+    assert len(moves) > 2  # brought for each row, where it is already
+    del moves[:]
     with adapter.on_device("text_encoder"):
         pass
-    assert len(moves) == 5
+    assert moves == ["bring", "leave"]
 
 
 def test_a_copied_model_shares_the_rows_of_the_original(

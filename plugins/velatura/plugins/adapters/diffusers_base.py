@@ -32,6 +32,7 @@ from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
 from velatura.plugins.adapters.pipeline_export import write_pipeline
 from velatura.plugins.adapters.running import compile_blocks, set_attention
 from velatura.plugins.adapters.sizes import Buckets, Size, buckets_of, drawable, nearest, sides, stretched
+from velatura.plugins.adapters.visit import Visit
 
 
 class DiffusersOptions(Options):
@@ -87,7 +88,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
     """Options of the family that rows do not depend on: changing them encodes nothing anew."""
 
     _context: Context | None = None
-    _staying: bool = False
+    _staying: Visit | None = None
     """Whether frozen parts stay on the device between two rows."""
     _still: bool = False
     """Whether frozen parts are never moved."""
@@ -246,27 +247,28 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
     def on_device(self, *parts: str) -> Any:
         """Frozen parts of the pipeline on the device for as long as they are used; it is the network's otherwise."""
         modules = [getattr(self.pipe, part) for part in parts]
+        if self._still:
+            yield modules[0] if len(modules) == 1 else modules
+            return
+        visit = self._staying or Visit(self.device)
         try:
-            for module in modules if not self._still else []:
-                module.to(self.device)
+            for module in modules:
+                visit.bring(module)
             yield modules[0] if len(modules) == 1 else modules
         finally:
-            if not (self._staying or self._still):
-                for module in modules:
-                    module.to("cpu")
+            if not self._staying:
+                visit.leave(modules)
 
     @contextmanager
     def staying(self) -> Iterator[None]:
         """Frozen parts that come to the device stay there until the end of this."""
-        self._staying = True
+        self._staying = Visit(self.device)
         try:
             yield
         finally:
-            self._staying = False
+            staying, self._staying = self._staying, None
             if "pipe" in self.__dict__:
-                for module in self.pipe.components.values():
-                    if isinstance(module, nn.Module):
-                        module.to("cpu")
+                staying.leave([part for part in self.pipe.components.values() if isinstance(part, nn.Module)])
 
     def size_of(self, prompt: Prompt | None) -> Size:
         """`size`, or the configured one where no prompt is known."""
