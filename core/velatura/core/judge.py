@@ -16,6 +16,7 @@ from velatura.core.errors import RewardError
 from velatura.core.golden import GoldenSet
 from velatura.core.ranks import Ranks
 from velatura.core.reward_settings import Breaker
+from velatura.core.pulse import alive
 from velatura.core.score_cache import ScoreCache
 from velatura.core.types import Prompt, RewardReport, Sample, Scores, Status
 
@@ -182,6 +183,7 @@ class Judge:
         reasons = ["does not apply to this prompt"] * len(samples)
         notes = [""] * len(samples)
         for part in scopes(reward.model, samples, shown):
+            alive(f"judging by reward '{reward.label}'")
             scores = asker.scores([samples[i] for i in part], repeat)
             for j, i in enumerate(part):
                 values[i] = scores.values[j]

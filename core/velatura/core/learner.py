@@ -13,6 +13,7 @@ from velatura.core.encoding import Encoder
 from velatura.core.engine.protocol import Engine
 from velatura.core.points import MicroBatch, idle
 from velatura.core.policy import CURRENT, Policy
+from velatura.core.pulse import alive
 from velatura.core.rollout import guided_velocity
 from velatura.core.types import Conditioning, Role
 
@@ -103,6 +104,7 @@ class Learner:
         """Forward and backward of one micro-batch; metrics are weighted by its share of the points."""
         velocity = self.velocities(batch, tally, frozen)
         loss = self.objective.loss(batch.points, velocity)
+        alive("the backward of an update")
         self.engine.backward(loss.value, last=last)
         tally.add("loss", float(loss.value.detach()))
         share = float(batch.points.weight.sum())
@@ -163,6 +165,7 @@ class Learner:
         return self.policy.version(name), tuple(self.guidance.scale(role, batch.points.t).tolist())
 
     def _velocity(self, net: nn.Module, batch: MicroBatch, cond: Conditioning, role: Role) -> tuple[Tensor, int]:
+        alive(f"a forward of role {role.value}")
         points, scale = batch.points, self.guidance.scale(role, batch.points.t)
         null = None
         if bool((scale != 1).any()):

@@ -27,9 +27,11 @@ from velatura.core.checkpoint import write_json_atomic, write_text_atomic
 from velatura.core.errors import CheckpointError, RecipeError, VelaturaError
 from velatura.core.fingerprint import file_hash
 from velatura.core.inputs import difference, file_inputs, lasting, prompt_tasks
+from velatura.core.pulse import alive
 from velatura.core.ranks import FailedElsewhere, Ranks, join, threads_of_process
 from velatura.core.recipe import Recipe, content_hash, load_recipe
 from velatura.core.registry import Registry
+from velatura.core.watch import watched
 
 RESULTS = (
     *("weights.safetensors", "kept.json", "ledger.parquet", "ratings.jsonl", "samples.parquet", "calibration.json"),
@@ -39,6 +41,8 @@ RESULTS = (
 EXPORTED = "model/**/*.safetensors"
 WATCHING = ("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "max_failed")
 """Options of a stage that its result does not depend on."""
+ALIKE = ("threads", "timeout")
+"""The same of the engine."""
 LIBRARIES = ("torch", "diffusers", "deepspeed", "transformers", "numpy", "scipy")
 
 
@@ -94,7 +98,7 @@ def run_pipeline(
     plan = plan_run(recipe_path, overrides)
     for warning in check_combinations(plan.recipe, plan.registry):
         logger.warning(warning)
-    ranks = join(plan.recipe.engine.device)
+    ranks = join(plan.recipe.engine.device, plan.recipe.engine.timeout)
     order = [name for name in plan.recipe.order() if only is None or name == only]
     if only is not None and not order:
         raise RecipeError(f"the recipe has no stage '{only}'. There is: {', '.join(plan.recipe.order())}.")
@@ -106,11 +110,13 @@ def run_pipeline(
         if fresh:
             _put_aside(plan.folder, [name for name in order if (plan.folder / name).exists()])
 
-    ranks.from_first(begin)
-    if not ranks.first:
-        logger.add(plan.folder / "logs" / f"process-{ranks.rank}.log", level="DEBUG")
-    for number, name in enumerate(order, start=1):
-        _run_stage(plan, ranks, name, console, label=f"{number}/{len(order)}")
+    logs = plan.folder / "logs"
+    with watched(ranks, plan.recipe.engine.timeout, logs):
+        ranks.from_first(begin)
+        if not ranks.first:
+            logger.add(logs / f"process-{ranks.rank}.log", level="DEBUG")
+        for number, name in enumerate(order, start=1):
+            _run_stage(plan, ranks, name, console, label=f"{number}/{len(order)}")
     return plan.folder
 
 
@@ -120,7 +126,7 @@ def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
     options = {key: value for key, value in plan.resolved["stages"][name].items() if key not in WATCHING}
     inputs = {f"option {key}": content_hash(lasting(plan.registry, key, value)) for key, value in options.items()}
     inputs["seed"] = content_hash(recipe.seed)
-    inputs["engine"] = content_hash({k: v for k, v in plan.resolved["engine"].items() if k != "threads"})
+    inputs["engine"] = content_hash({k: v for k, v in plan.resolved["engine"].items() if k not in ALIKE})
     inputs["velatura"] = content_hash(__version__)
     for dependency in recipe.dependencies(name):
         inputs[f"result of {dependency}"] = result_hash(plan.folder / dependency)
@@ -278,6 +284,8 @@ def _run_stage(plan: Plan, ranks: Ranks, name: str, console: Console | None, *, 
     manifest = ranks.from_first(lambda: _begin_stage(plan, name, label))
     if manifest is None:
         return
+    if not ranks.first:
+        logger.info("[{}] {}: {}", label, name, manifest["kind"])  # into this process's log
     folder = plan.folder / name
     begin = time.perf_counter()
     try:
@@ -358,6 +366,7 @@ def _execute(plan: Plan, ranks: Ranks, name: str, console: Console | None) -> di
     keep_freed_memory()
 
     config = plan.recipe.stage(name)
+    alive(f"the start of stage '{name}'")
     module = import_module(f"velatura.core.stages.{config.stage.replace('-', '_')}")
     engine = plan.recipe.engine
     if threads := threads_of_process(engine.threads):

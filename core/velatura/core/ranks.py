@@ -10,9 +10,11 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from velatura.core.errors import RecipeError, VelaturaError
+from velatura.core.pulse import waiting
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for another: the first may draw for hours alone, and launchers end all when one dies."""
+"""How long a process waits for another in a library: the first may draw for hours alone, and `velatura.core.watch` ends
+all where one is gone or stands still."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -60,7 +62,8 @@ class Ranks:
         import torch.distributed as dist
 
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, mine)
+        with waiting():
+            dist.all_gather_object(gathered, mine)
         return gathered
 
     def barrier(self) -> None:
@@ -101,21 +104,47 @@ class Ranks:
             )
 
 
-def join(device: str) -> Ranks:
-    """Meet the other processes that a launcher started; alone without a launcher."""
+def join(device: str, patience: float = PATIENCE.total_seconds()) -> Ranks:
+    """Meet the other processes that a launcher started; alone without a launcher.
+
+    Raises:
+        VelaturaError: not all of them came within `patience` seconds.
+    """
     size = world_size()
     if size == 1:
         return Ranks()
     import torch
     import torch.distributed as dist
 
-    if device != "cpu" and torch.cuda.is_available():
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.set_device(_own_gpu(device))
     if not dist.is_initialized():
-        on_gpu = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        store = _meet(patience)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank(), world_size=size, timeout=PATIENCE
+        )
         atexit.register(leave)
     return Ranks(rank=dist.get_rank(), size=size)
+
+
+def _meet(patience: float) -> Any:
+    """The store that all processes share, when all have come."""
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, *_ = next(iter(rendezvous("env://", timeout=timedelta(seconds=patience))))
+    except (dist.DistError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise VelaturaError(
+            f"process {rank()} did not meet the other processes at {where} within {patience:g} s: {reason}. Are all "
+            f"{world_size()} started, and can every machine reach that address? MASTER_ADDR and MASTER_PORT change it, "
+            f"engine.timeout how long to wait."
+        ) from error
+    store.set_timeout(PATIENCE)
+    return store
 
 
 def _own_gpu(device: str) -> int:
@@ -147,4 +176,5 @@ def leave() -> None:
 
 def threads_of_process(threads: int | None) -> int | None:
     """CPU threads of this process: those of its machine, shared by the machine's processes."""
-    return threads and max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    together = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # DeepSpeed says the latter
+    return threads and max(1, threads // int(together))

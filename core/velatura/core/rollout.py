@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from velatura.core.components import GuidancePolicy, Kernel, ModelAdapter
 from velatura.core.encoding import Encoder
+from velatura.core.pulse import alive
 from velatura.core.seeds import generator
 from velatura.core.types import Conditioning, Prompt, Role, Sample, StepPlan
 
@@ -119,6 +120,7 @@ def _integrate(
     times, rows_on = times.to(x.device), rows.to(x.device)
     states, likelihoods, network_rows = [x], [], 0
     for k in range(sampler.steps):
+        alive(f"drawing, solver step {k + 1} of {sampler.steps}")
         t = times[k].expand(len(x))
         v, used = guided_velocity(
             net, adapter, sampler.guidance, x, t, cond, null, rows_on, role=sampler.role, limit=sampler.batch
@@ -128,6 +130,7 @@ def _integrate(
         if keep_trajectory:
             states.append(x)
             likelihoods.append(log_prob)
+    alive("decoding")
     images = adapter.decode(x, prompts[0]).cpu()
     samples = tuple(
         Sample(prompt=prompts[row], image=image, seed=seed, group=offset[row])

@@ -23,6 +23,11 @@ class Engine(Settings):
         None, description="CPU threads, shared by the processes of a machine; torch decides when left out."
     )
     device: str = Field("auto", description="`auto` takes the GPU when there is one; or `cpu`, `cuda`, `cuda:1`.")
+    timeout: Positive = Field(
+        1800.0,
+        description="Seconds after which a process that is gone, or does nothing, ends the run in all processes; also "
+        "how long they wait for each other at the start.",
+    )
     raw: dict[str, Any] = Field(default_factory=dict, description="Merged into the DeepSpeed configuration as it is.")
 
     @field_validator("device")

@@ -26,7 +26,8 @@ from velatura.core.cli import (
     serve_reward,
 )
 from velatura.core.errors import VelaturaError, suggest
-from velatura.core.ranks import FailedElsewhere, rank
+from velatura.core.ranks import FailedElsewhere, rank, world_size
+from velatura.core.slurm import adopt_slurm
 
 VERBS = {
     "run": run,
@@ -59,7 +60,12 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     # the machine does anything else: two threads beside one busy process were thirty times slower than one.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if arguments and arguments[0].startswith("--local_rank=") and "LOCAL_RANK" in os.environ:  # DeepSpeed's launcher
+        del arguments[0]
     try:
+        adopt_slurm(os.environ)
+        if world_size() > 1:  # a process says itself that it lost another, on one line
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         return _dispatch(arguments)
     except FailedElsewhere:
         return USER_ERROR

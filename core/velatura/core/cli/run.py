@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +12,9 @@ from typing import TYPE_CHECKING
 from velatura.core.cli.arguments import Verbs, add_recipe, new_console, new_parser
 from velatura.core.cli.console import say_nothing, say_through
 from velatura.core.errors import VelaturaError
+from velatura.core.hostfile import is_here, read_hostfile, start_on
 from velatura.core.ranks import rank, world_size
+from velatura.core.slurm import without_srun
 
 if TYPE_CHECKING:
     from velatura.core.recipe import Recipe
@@ -29,6 +33,11 @@ def add(name: str, verbs: Verbs) -> None:
         help="share the work among N processes of this machine, usually one for each GPU; the result is that of one "
         "process up to the rounding of sums",
     )  # fmt: skip
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="FILE",
+        help="share the work among the processes of several machines, each a line like 'worker-1 slots=8'; ssh has to "
+        "reach them, and this folder has to be the same on all",
+    )  # fmt: skip
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -37,9 +46,16 @@ def _run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)  # its mistakes are told before torch is imported
     if arguments.stage is not None:
         recipe.stage(arguments.stage)
-    check_processes(arguments.processes, recipe)
-    if arguments.processes > 1:
-        return _launch(arguments, recipe)
+    machines = read_hostfile(arguments.hostfile) if arguments.hostfile is not None else {}
+    if machines and arguments.processes > 1:
+        raise VelaturaError("--processes and --hostfile, whose slots say how many processes there are. Leave one out.")
+    check_processes(sum(machines.values()) or arguments.processes, recipe, "--hostfile" if machines else "--processes")
+    if len(machines) > 1 or any(not is_here(name) for name in machines):
+        return start_on(machines, arguments.hostfile.resolve(), _again(arguments))
+    if (processes := sum(machines.values()) or arguments.processes) > 1:
+        return _launch(arguments, recipe, processes)
+    if forgotten := without_srun(os.environ):
+        print(f"velatura: {forgotten}", file=sys.stderr)
 
     from velatura.core.closing import close
     from velatura.core.pipeline import run_pipeline
@@ -57,13 +73,13 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_processes(processes: int, recipe: Recipe) -> None:
+def check_processes(processes: int, recipe: Recipe, option: str = "--processes") -> None:
     """Refuse what cannot be started, or would be started twice."""
     if processes < 1:
-        raise VelaturaError(f"--processes {processes}: at least one process has to do the work.")
+        raise VelaturaError(f"{option} {processes}: at least one process has to do the work.")
     if processes > 1 and world_size() > 1:
         raise VelaturaError(
-            f"--processes {processes}, but a launcher has already started {world_size()} processes (WORLD_SIZE is "
+            f"{option}: {processes} processes, but a launcher has already started {world_size()} processes (WORLD_SIZE is "
             f"set). Leave one of the two out."
         )
     if recipe.engine.kind == "local" and max(processes, world_size()) > 1:
@@ -73,15 +89,21 @@ def check_processes(processes: int, recipe: Recipe) -> None:
         )
 
 
-def _launch(arguments: argparse.Namespace, recipe: Recipe) -> int:
+def _launch(arguments: argparse.Namespace, recipe: Recipe, processes: int) -> int:
+    """The same command in several processes of this machine; what they left unsaid is said in the stage's manifest."""
     from velatura.core.launch import launch
     from velatura.core.pipeline import close_cut_off, run_folder
 
-    options = ["--stage", arguments.stage] if arguments.stage is not None else []
-    options += ["--fresh"] if arguments.fresh else []
     begin = time.time()
     try:
-        return launch(["run", str(arguments.recipe), *arguments.overrides, *options], arguments.processes)
+        return launch(_again(arguments), processes)
     except VelaturaError as error:
         close_cut_off(run_folder(recipe, Path(arguments.recipe)), begin, str(error))
         raise
+
+
+def _again(arguments: argparse.Namespace) -> list[str]:
+    """The command line of each process."""
+    options = ["--stage", arguments.stage] if arguments.stage is not None else []
+    options += ["--fresh"] if arguments.fresh else []
+    return ["run", str(arguments.recipe), *arguments.overrides, *options]

@@ -26,6 +26,7 @@ from velatura.core.fingerprint import reward_fingerprint
 from velatura.core.golden import GoldenSet
 from velatura.core.judge import Judge, WeightedReward
 from velatura.core.policy import Policy
+from velatura.core.pulse import alive
 from velatura.core.ranks import Ranks, threads_of_process
 from velatura.core.recipe import Recipe, Ref, RewardRef
 from velatura.core.registry import Registry
@@ -66,6 +67,7 @@ class StageRun:
         """A component of the recipe, set up."""
         reference = Ref.model_validate({"use": ref}) if isinstance(ref, str) else ref
         component = build(self.registry, kind, reference, at=self.at(at))
+        alive(f"the set-up of {kind} '{reference.use}'")
         component.setup(self.context())
         return component
 
@@ -147,10 +149,11 @@ class StageRun:
     def engine_config(self) -> EngineConfig:
         """The engine of the recipe."""
         engine = self.recipe.engine
-        return EngineConfig(**engine.model_dump() | {"threads": threads_of_process(engine.threads)})
+        return EngineConfig(**engine.model_dump(exclude={"timeout"}) | {"threads": threads_of_process(engine.threads)})
 
     def load_policy(self, adapter: ModelAdapter[Any], source: str) -> Policy:
         """The network wearing the weights of a stage, or of the base."""
+        alive(f"loading the network of adapter '{adapter.name}'")
         net = adapter.load(self.device)
         policy = Policy(net)
         if source != "base":
@@ -184,6 +187,7 @@ class Ticker:
 
     def tick(self, note: str = "", steps: int = 1) -> None:
         """One step further, with a short note."""
+        alive(f"{self.bars.tasks[0].description}, {self.bars.tasks[0].completed + steps:g} done")
         self.bars.update(self.task, advance=steps, note=note)
 
 

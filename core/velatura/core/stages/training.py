@@ -19,6 +19,7 @@ from velatura.core.engine.protocol import Engine
 from velatura.core.errors import VelaturaError
 from velatura.core.events import CheckpointSaved, RunEnd, RunStart, StepEnd
 from velatura.core.policy import CURRENT, START, Policy
+from velatura.core.pulse import alive
 from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, manifest_of
 
 CARRIED = "memory-"
@@ -54,6 +55,7 @@ class Training:
         self._sets, self._fixed = sets, fixed
         self.initial = {name: value.to("cpu", copy=True) for name, value in self.policy.weights().items()}
         optimizer = OptimizerConfig(**self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step)
+        alive("the start of the engine")
         self.engine: Engine = make_engine(self.policy.net, run.engine_config(), optimizer)
         for name in (*sets, *fixed):
             self.policy.remember(name, follows=name in sets)
