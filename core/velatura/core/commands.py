@@ -40,7 +40,8 @@ def open_run(folder: Path) -> Plan:
     return plan_run(path, [*owner.get("overrides", []), f"output={folder}"])
 
 
-def _stage_run(plan: Plan, name: str) -> StageRun:
+def stage_run(plan: Plan, name: str) -> StageRun:
+    """A stage of a run, to look at it: on the CPU, in this process."""
     return StageRun(
         name=name, config=plan.recipe.stage(name), recipe=plan.recipe, registry=plan.registry,
         folder=plan.folder / name, run_folder=plan.folder, seed=plan.recipe.seed, device=torch.device("cpu"),
@@ -92,7 +93,7 @@ def export_run(folder: Path, target: Path, stage: str | None = None) -> Path:
     source = _model_stage(plan, stage)
     if target.exists() and any(target.iterdir()):
         raise VelaturaError(f"{target} exists and is not empty. Choose a folder that does not exist yet.")
-    run = _stage_run(plan, source)
+    run = stage_run(plan, source)
     adapter = run.adapter()
     policy = run.load_policy(adapter, source)
     facts = manifest_of(plan.folder, source)["result"]
@@ -122,7 +123,7 @@ def sample(
     """
     plan = open_run(folder)
     name = _model_stage(plan, stage)
-    run = _stage_run(plan, name)
+    run = stage_run(plan, name)
     adapter = run.adapter()
     policy = run.load_policy(adapter, name)
     facts: dict[str, Any] = manifest_of(plan.folder, name)["result"]

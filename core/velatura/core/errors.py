@@ -26,6 +26,14 @@ class CheckpointError(VelaturaError):
     """A checkpoint is missing, truncated, or belongs to something else."""
 
 
+class NotFiniteError(VelaturaError):
+    """More updates were not finite than the budget allows."""
+
+
+class Stopped(VelaturaError):
+    """The run was asked to stop, has saved what it did, and goes on with the same command."""
+
+
 class SelfCheckError(VelaturaError):
     """The loop found before its first update that training would be wrong."""
 

@@ -14,9 +14,9 @@ from velatura.core.breaker import CircuitBreaker
 from velatura.core.components import RewardModel
 from velatura.core.errors import RewardError
 from velatura.core.golden import GoldenSet
+from velatura.core.pulse import alive
 from velatura.core.ranks import Ranks
 from velatura.core.reward_settings import Breaker
-from velatura.core.pulse import alive
 from velatura.core.score_cache import ScoreCache
 from velatura.core.types import Prompt, RewardReport, Sample, Scores, Status
 

@@ -75,6 +75,7 @@ class JudgeFitStage(Settings):
         50, description="Steps between checkpoints: how many a run that is cut off may have to repeat."
     )
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
+    max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
     marked_at_once: Count = Field(32, description="Pictures in one forward of a measurement.")
     near: Positive = Field(0.8, le=1, description="Jaccard index of 5-letter pieces above which texts are one cluster.")
 

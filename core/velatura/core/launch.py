@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from velatura.core.errors import VelaturaError
+from velatura.core.interruption import LAUNCHER
+from velatura.core.passing_on import passing_on
 
-LAUNCHER = ("torch.distributed.elastic", "torch.distributed.launcher")
+LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run `velatura ARGUMENTS` in `processes` processes and return the exit status of the first that failed, or 0.
 
-    When one ends badly the others are ended too.
+    When one ends badly the others are ended too. SIGTERM, and the first SIGINT, are passed on as requests to stop.
 
     Raises:
         VelaturaError: a process was killed by a signal; its number and the signal are named.
@@ -29,12 +30,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="spawn",
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=DefaultLogsSpecs(), signals_to_handle="SIGHUP,SIGQUIT",
     )  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ[LAUNCHER] = "1"
     command = [sys.executable, "-m", "velatura.core.cli", *arguments]
     try:
-        with _quietly():
+        with _quietly(), passing_on():
             elastic_launch(config, entrypoint=command[0])(*command[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -45,8 +47,6 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             ) from None
         return int(failure.exitcode)
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
         raise VelaturaError(
             f"ended by {error.sigval.name}, and so were its processes. The same command goes on from the last "
             f"checkpoint."
@@ -59,7 +59,7 @@ def _quietly() -> Iterator[None]:
     """The launcher reports failures with tracebacks of its own; the processes say themselves what is wrong."""
     import logging
 
-    names = [name for name in logging.root.manager.loggerDict if name.startswith(LAUNCHER)]  # each has its own level
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(LOGGERS)]  # each has its own level
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective
 from velatura.core.encoding import Encoder
 from velatura.core.engine.protocol import Engine
+from velatura.core.guard import Fault, Guard, fault_of
 from velatura.core.points import MicroBatch, idle
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.pulse import alive
@@ -42,6 +43,8 @@ class Tally:
     """Transformer rows without gradient."""
     gradient_rows: int = 0
     """Transformer rows with forward and backward."""
+    faults: list[Fault] = field(default_factory=list)
+    """What is not finite in it."""
 
     def add(self, name: str, value: float) -> None:
         """Sum `value` into a metric."""
@@ -53,6 +56,18 @@ class Tally:
             self.add(name, value * share)
         self.forward_rows += other.forward_rows
         self.gradient_rows += other.gradient_rows
+        self.faults += other.faults
+
+    @classmethod
+    def of_updates(cls, updates: Sequence[Tally]) -> Tally:
+        """Rows of all updates, metrics as means over those that were taken, and `updated`, their share."""
+        total = cls()
+        taken = [update for update in updates if not update.faults]
+        for update in updates:
+            total.include(update if not update.faults else replace(update, metrics={}), 1 / max(1, len(taken)))
+        if updates:
+            total.metrics["updated"] = len(taken) / len(updates)
+        return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,21 +80,37 @@ class Learner:
     guidance: GuidancePolicy  # type: ignore[type-arg]
     objective: PolicyObjective  # type: ignore[type-arg]
     encoder: Encoder
+    guard: Guard | None = None
+    """Counts and keeps the updates that are not taken; None only skips them."""
 
     def learn(self, batches: Sequence[MicroBatch]) -> Tally:
-        """Accumulate the gradients of all micro-batches, then step once.
+        """Accumulate the gradients of all micro-batches, then step once; not where a loss or the gradient of any rank
+        is not finite: then no rank moves anything, and the tally says why.
 
         Every other weight set comes to the device once and answers for all of them before the first gradient is taken.
         """
+        if self.guard is not None:
+            self.guard.next_update()
         tally = Tally()
-        last = len(batches) - 1
-        for i, (batch, frozen) in enumerate(zip(batches, self.frozen(batches, tally), strict=True)):
-            self.accumulate(batch, tally, last=i == last, frozen=frozen)
+        last, rank = len(batches) - 1, self.engine.rank
+        frozen = self.frozen(batches, tally)
+        for i, batch in enumerate(batches):
+            loss = self.accumulate(batch, tally, last=i == last, frozen=frozen[i])
+            if (fault := fault_of(rank, i, batch, loss)) is not None:
+                tally.faults.append(fault)
         tally = self._of_all_ranks(tally)
-        info = self.engine.step()
-        if info.updated:
-            self.policy.changed()
-        tally.metrics |= {"grad_norm": info.grad_norm, "lr": info.lr, "updated": float(info.updated)}
+        if tally.faults:
+            self.engine.zero_grad()
+        else:
+            info = self.engine.step()
+            if not info.updated:
+                tally.faults.append(Fault(rank, None, "the gradient is not finite"))
+        if tally.faults:
+            if self.guard is not None:
+                self.guard.refuse(tally.faults, batches, frozen)
+            return replace(tally, metrics={"updated": 0.0})
+        self.policy.changed()
+        tally.metrics |= {"grad_norm": info.grad_norm, "lr": info.lr, "updated": 1.0}
         return tally
 
     def even(self, batches: Sequence[MicroBatch], spare: Callable[[], MicroBatch]) -> list[MicroBatch]:
@@ -100,16 +131,19 @@ class Learner:
             total.include(tally, 1.0)
         return total
 
-    def accumulate(self, batch: MicroBatch, tally: Tally, *, last: bool, frozen: Frozen | None = None) -> None:
-        """Forward and backward of one micro-batch; metrics are weighted by its share of the points."""
+    def accumulate(self, batch: MicroBatch, tally: Tally, *, last: bool, frozen: Frozen | None = None) -> float:
+        """Forward and backward of one micro-batch, whose loss is returned; metrics are weighted by its share of the
+        points."""
         velocity = self.velocities(batch, tally, frozen)
         loss = self.objective.loss(batch.points, velocity)
         alive("the backward of an update")
         self.engine.backward(loss.value, last=last)
-        tally.add("loss", float(loss.value.detach()))
+        found = float(loss.value.detach())
+        tally.add("loss", found)
         share = float(batch.points.weight.sum())
         for name, value in loss.metrics.items():
             tally.add(name, float(value) * share)
+        return found
 
     def velocities(self, batch: MicroBatch, tally: Tally, frozen: Frozen | None = None) -> dict[Role, Tensor]:
         """[N ...] per role, of which only CURRENT has a gradient; the others are `frozen`, where they are known."""

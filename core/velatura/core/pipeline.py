@@ -24,9 +24,10 @@ from rich.console import Console
 from velatura.core import __version__
 from velatura.core.build import open_registry, resolve_options
 from velatura.core.checkpoint import write_json_atomic, write_text_atomic
-from velatura.core.errors import CheckpointError, RecipeError, VelaturaError
+from velatura.core.errors import CheckpointError, RecipeError, Stopped, VelaturaError
 from velatura.core.fingerprint import file_hash
 from velatura.core.inputs import difference, file_inputs, lasting, prompt_tasks
+from velatura.core.interruption import INTERRUPTION
 from velatura.core.pulse import alive
 from velatura.core.ranks import FailedElsewhere, Ranks, join, threads_of_process
 from velatura.core.recipe import Recipe, content_hash, load_recipe
@@ -39,7 +40,7 @@ RESULTS = (
 )
 """Files whose content is a stage's result, for the stages that build on it."""
 EXPORTED = "model/**/*.safetensors"
-WATCHING = ("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "max_failed")
+WATCHING = ("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "max_failed", "max_skipped")
 """Options of a stage that its result does not depend on."""
 ALIKE = ("threads", "timeout")
 """The same of the engine."""
@@ -116,6 +117,8 @@ def run_pipeline(
         if not ranks.first:
             logger.add(logs / f"process-{ranks.rank}.log", level="DEBUG")
         for number, name in enumerate(order, start=1):
+            if asked := next(filter(None, ranks.gather(INTERRUPTION.signal)), None):
+                raise Stopped(f"{asked}: the stages before '{name}' are finished")
             _run_stage(plan, ranks, name, console, label=f"{number}/{len(order)}")
     return plan.folder
 
@@ -331,7 +334,8 @@ def _close_early(path: Path, manifest: Mapping[str, Any], begin: float, error: B
     if json.loads(path.read_text())["status"] != "running":
         return True
     if not isinstance(error, FailedElsewhere):
-        status = "failed" if isinstance(error, Exception) else "interrupted"
+        stopped = isinstance(error, Stopped) or not isinstance(error, Exception)
+        status = "interrupted" if stopped else "failed"
         _close(path, manifest, begin, {"status": status, "error": str(error) or type(error).__name__})
     return False
 

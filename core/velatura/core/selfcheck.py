@@ -6,7 +6,10 @@ has moved, three things are known exactly, and a run in which they do not hold i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from velatura.core.errors import SelfCheckError
 from velatura.core.learner import SET_OF, Learner, Tally, with_zero_advantage
@@ -19,22 +22,107 @@ ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How much of the largest velocity a forward with gradient may differ from one without: other kernels, other sums."""
 
 
-def self_check(learner: Learner, batch: MicroBatch) -> None:
+LIKELIHOOD = {torch.float32: 1e-2, torch.bfloat16: 1.0}
+"""How much the log-likelihood of a step, a mean over latent dimensions, may differ when it is looked at again."""
+
+
+def self_check(learner: Learner, batch: MicroBatch, grids: Sequence[Tensor] = ()) -> None:
     """Check one micro-batch before the first optimiser step.
 
     1. Ratio 1: old policy and current policy give the same velocity, without gradient, as in rollouts, and with it, as
        in the update.
     2. Reference equals policy, where the run starts at the reference.
     3. Zero advantage gives zero policy gradient, for objectives that contrast samples.
+    4. LoRA, where the adapter is to train it, is bound to at least one module.
+    5. Points lie at the times of the rollout, and on its path: `grids` are the time grids [T] of its parts.
 
     Raises:
         SelfCheckError: with what was compared, and by how much it differs.
     """
     if not learner.policy.parameters:
         raise SelfCheckError("the adapter marked no parameter as trainable, so there is nothing to learn")
+    _check_lora(learner)
+    if grids:
+        _check_times(batch, grids)
+        _check_likelihood(learner, batch)
+    _check_path(batch)
     _check_roles(learner, batch)
     if learner.objective.requires.advantage and learner.objective.requires.contrast:
         _check_zero_advantage(learner, batch)
+
+
+def _check_lora(learner: Learner) -> None:
+    """A rank that was asked for, and nothing of that rank in what is trained."""
+    rank = getattr(learner.adapter.options, "lora_rank", None)
+    if rank is None or any("lora" in name.lower() for name in learner.policy.parameters):
+        return
+    names = list(learner.policy.parameters)
+    raise SelfCheckError(
+        f"LoRA of rank {rank} was asked for, but it is bound to 0 modules: none of the {len(names)} trained parameters "
+        f"is LoRA's, the first is {names[0]!r}. Name other `lora_targets`, or train all weights (`lora_rank: null`)."
+    )
+
+
+def _check_times(batch: MicroBatch, grids: Sequence[Tensor]) -> None:
+    """The times at which the update evaluates the network are those at which the rollout did, and states are what
+    those times say."""
+    points = batch.points
+    steps = {pair for grid in grids for pair in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)}
+    times = {start for start, _ in steps}
+    if strange := [t for t in points.t.tolist() if t not in times]:
+        began = ", ".join(f"{t:.6f}" for t in sorted(times, reverse=True))
+        raise SelfCheckError(
+            f"before the first update a point lies at t = {strange[0]:.6f}, at which the rollout took no step; its "
+            f"steps began at {began}. The sigmas of training are not those of the rollout."
+        )
+    if points.t_next is not None:
+        pairs = list(zip(points.t.tolist(), points.t_next.tolist(), strict=True))
+        if wrong := [pair for pair in pairs if pair not in steps]:
+            raise SelfCheckError(
+                f"before the first update a point goes from t = {wrong[0][0]:.6f} to {wrong[0][1]:.6f}, which is no "
+                f"step of the rollout. The sigmas of training are not those of the rollout."
+            )
+
+
+def _check_path(batch: MicroBatch) -> None:
+    """x_t = x_0 + t u, for points that were noised."""
+    x, x0, target = batch.points.x, batch.points.x0, batch.points.target
+    if x0 is None or target is None:
+        return
+    share = batch.points.t.reshape(-1, *[1] * (x.ndim - 1))
+    gap, size = float((x - x0 - share * target).abs().max()), float(x.abs().max())
+    if not gap <= 1e-4 * max(size, 1.0):
+        raise SelfCheckError(
+            f"before the first update the noised states are off by up to {gap:.2e} from x_0 + t u at the times that "
+            f"the network is told: noise was mixed in at other sigmas than those of training."
+        )
+
+
+def _check_likelihood(learner: Learner, batch: MicroBatch) -> None:
+    """A step of the rollout is as likely when the update looks at it as when it was drawn; where both are guided alike,
+    which `allow_biased_ratio` gives up."""
+    points, scale = batch.points, learner.guidance.scale
+    if points.kernel is None or points.log_prob is None or points.x_next is None or points.t_next is None:
+        return
+    if not torch.equal(scale(Role.OLD, points.t), scale(Role.ROLLOUT, points.t)):
+        return
+    (frozen,) = learner.frozen([batch], Tally())
+    velocity = frozen.get(Role.OLD)
+    if velocity is None:
+        with torch.no_grad():
+            velocity = learner.velocities(batch, Tally(), frozen)[Role.CURRENT]
+    t, t_next = (time.reshape(-1, *[1] * (points.x.ndim - 1)) for time in (points.t, points.t_next))
+    again = points.kernel.log_prob(points.x_next, points.kernel.step(velocity.float(), points.x, t, t_next))
+    known = points.log_prob.isfinite()
+    gap = float((again - points.log_prob)[known].abs().max()) if bool(known.any()) else 0.0
+    dtypes = {parameter.dtype for parameter in learner.policy.net.parameters()}
+    allowed = max(LIKELIHOOD.get(dtype, 0.0) for dtype in dtypes)
+    if not gap <= allowed:
+        raise SelfCheckError(
+            f"before the first update the log-likelihood of a step of the rollout, looked at again, differs by up to "
+            f"{gap:.2e} from what was noted when it was drawn; rounding explains {allowed:.2e}. Kernel "
+            f"'{points.kernel.name}' or the sigmas of training are not those of the rollout.{_suspects(learner)}"
+        )
 
 
 def _check_roles(learner: Learner, batch: MicroBatch) -> None:

@@ -176,6 +176,7 @@ class RLStage(Settings):
     )
     pictures_every: Count = Field(10, description="Steps between the pictures that show how the model changes.")
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
+    max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
     max_failed: Share = Field(0.05, description="Stop when a larger share of scores failed.")
     allow_unvalidated_reward: Annotated[bool, Field(strict=True)] = Field(
         False,
@@ -239,6 +240,7 @@ class DistillStage(Settings):
     )
     pictures_every: Count = Field(10, description="Steps between the pictures that show how the model changes.")
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
+    max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
     probe_prompts: Count = Field(32, description="Held-out prompts whose states measure progress.")
     probe_every: Count = Field(10, description="Steps between such measurements.")
 
@@ -315,6 +317,7 @@ class SupervisedStage(Settings):
         100, description="Steps between checkpoints: how many a run that is cut off may have to repeat."
     )
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
+    max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
 
     @model_validator(mode="after")
     def _has_time_to_learn(self) -> SupervisedStage:

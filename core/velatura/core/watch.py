@@ -23,7 +23,7 @@ from typing import Any
 
 from loguru import logger
 
-from velatura.core.errors import VelaturaError
+from velatura.core.errors import Stopped, VelaturaError
 from velatura.core.pulse import alive, sign
 from velatura.core.ranks import FailedElsewhere, Ranks
 
@@ -37,7 +37,7 @@ CAUSE, SAID, BEAT, SUSPECT, READ = "cause", "said", "beat", "suspect", "read"
 """What is in the store."""
 VERBS = ("has been ", "has not ", "and all ", "cannot be ", "failed: ")
 """How messages begin that say what a process did; others are its own."""
-COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+COLLECTIVES = str(Path("torch", "distributed", "distributed_c10d.py"))
 """Where torch waits for other processes."""
 NEARLY = 0.8
 """Part of the time-out after which a process is named beside one that stands still."""
@@ -127,7 +127,7 @@ class Watch:
         Raises:
             FailedElsewhere: another process is the cause, or tells this one's.
         """
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception) or isinstance(error, Stopped):  # all stop together, and the first says it
             return
         if isinstance(error, FailedElsewhere):
             time.sleep(self.period)  # launchers end all when one ends: let the first process say what is wrong

@@ -17,6 +17,7 @@ from velatura.core.cli import (
     export,
     new_plugin,
     plugins,
+    replay,
     report,
     reward_card,
     rewards,
@@ -25,7 +26,8 @@ from velatura.core.cli import (
     schema,
     serve_reward,
 )
-from velatura.core.errors import VelaturaError, suggest
+from velatura.core.errors import Stopped, VelaturaError, suggest
+from velatura.core.interruption import STOPPED
 from velatura.core.ranks import FailedElsewhere, rank, world_size
 from velatura.core.slurm import adopt_slurm
 
@@ -37,6 +39,7 @@ VERBS = {
     "export": export,
     "sample": sample,
     "ablate": ablate,
+    "replay": replay,
     "rewards": rewards,
     "reward-card": reward_card,
     "serve-reward": serve_reward,
@@ -47,11 +50,13 @@ VERBS = {
 """In the order of `--help`."""
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+FAREWELL = 10.0
+"""Seconds that a process waits before it ends because of what another one is about to say."""
 
 
 def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     """Do what the command line says. 0: done; 1: done, and what was measured does not pass; 2: the user can mend it,
-    one message says how; 130: Ctrl-C.
+    one message says how; 75: it was asked to stop and has saved its state; 130: Ctrl-C, at once.
 
     `launched`: one of several processes; who started them says that they were interrupted.
     """
@@ -67,13 +72,8 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
         if world_size() > 1:  # a process says itself that it lost another, on one line
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         return _dispatch(arguments)
-    except FailedElsewhere:
-        return USER_ERROR
     except VelaturaError as error:
-        if rank() > 0:  # what all processes find wrong the first one says, and then the launcher ends this one
-            time.sleep(10)
-        print(f"velatura: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _said(error)
     except FileNotFoundError as error:
         print(f"velatura: there is no file {str(error.filename or error)!r}", file=sys.stderr)
         return USER_ERROR
@@ -86,6 +86,21 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
         return OK
     except SystemExit as stop:  # argparse has said what there is to say
         return stop.code if isinstance(stop.code, int) else OK
+
+
+def _said(error: VelaturaError) -> int:
+    """Print what is wrong, once for all processes, and return the exit status."""
+    if isinstance(error, FailedElsewhere):
+        return USER_ERROR
+    if isinstance(error, Stopped):
+        if rank() > 0:  # the first process says it; until it has, nothing here may look like a failure
+            return OK
+        print(f"velatura: {error}; the same command goes on from there (exit status {STOPPED})", file=sys.stderr)
+        return STOPPED
+    if rank() > 0:  # what all processes find wrong the first one says, and then the launcher ends this one
+        time.sleep(FAREWELL)
+    print(f"velatura: {error}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _dispatch(arguments: list[str]) -> int:

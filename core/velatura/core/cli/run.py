@@ -13,6 +13,7 @@ from velatura.core.cli.arguments import Verbs, add_recipe, new_console, new_pars
 from velatura.core.cli.console import say_nothing, say_through
 from velatura.core.errors import VelaturaError
 from velatura.core.hostfile import is_here, read_hostfile, start_on
+from velatura.core.interruption import INTERRUPTION
 from velatura.core.ranks import rank, world_size
 from velatura.core.slurm import without_srun
 
@@ -67,7 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         say_nothing()
     options = {"only": arguments.stage, "fresh": arguments.fresh, "console": console}
-    folder = run_pipeline(arguments.recipe, arguments.overrides, **options)
+    with INTERRUPTION.listen(tell=first):
+        folder = run_pipeline(arguments.recipe, arguments.overrides, **options)
     if console is not None:
         close(folder, console)
     return 0
@@ -79,8 +81,8 @@ def check_processes(processes: int, recipe: Recipe, option: str = "--processes")
         raise VelaturaError(f"{option} {processes}: at least one process has to do the work.")
     if processes > 1 and world_size() > 1:
         raise VelaturaError(
-            f"{option}: {processes} processes, but a launcher has already started {world_size()} processes (WORLD_SIZE is "
-            f"set). Leave one of the two out."
+            f"{option}: {processes} processes, but a launcher has already started {world_size()} (WORLD_SIZE is set). "
+            f"Leave one of the two out."
         )
     if recipe.engine.kind == "local" and max(processes, world_size()) > 1:
         raise VelaturaError(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from velatura.core.calibrate_settings import DEFAULT
 from velatura.core.calibration import Floats, Measured, Statistics, correlations, statistics
 from velatura.core.errors import RecipeError, suggest
+from velatura.core.interruption import INTERRUPTION
 from velatura.core.judge import Judge
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.preferences import Fit, Pairs, budgets_of, fit, read_pairs, read_picture, summary
@@ -138,11 +139,12 @@ def _measure_all(stage: StageRun, judges: Sequence[Judge], prompts: Sequence[Pro
     firsts = range(0, len(prompts), blocks)
     parts, failures = [], 0
     with stage.progress(len(prompts), unit="prompts") as bar:
-        made = {
-            first: _measure(stage, policy, sampler, judges, prompts[first : first + blocks], first, bar)
-            for first in stage.ranks.own(firsts)
-        }
-        stage.ranks.barrier()  # what the others measured is on disk
+        made = {}
+        for first in stage.ranks.own(firsts):
+            if INTERRUPTION.asked:
+                break
+            made[first] = _measure(stage, policy, sampler, judges, prompts[first : first + blocks], first, bar)
+        stage.leave_if_asked()  # and what the others measured is on disk
         for first in firsts:
             own = prompts[first : first + blocks]
             part = made.get(first) or _measure(stage, policy, sampler, judges, own, first, bar)

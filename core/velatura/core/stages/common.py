@@ -21,9 +21,10 @@ from velatura.core.build import build
 from velatura.core.checkpoint import write_text_atomic
 from velatura.core.components import Component, GuidancePolicy, ModelAdapter, Observer, RewardModel, Task
 from velatura.core.engine import EngineConfig
-from velatura.core.errors import CheckpointError, RecipeError
+from velatura.core.errors import CheckpointError, RecipeError, Stopped
 from velatura.core.fingerprint import reward_fingerprint
 from velatura.core.golden import GoldenSet
+from velatura.core.interruption import INTERRUPTION
 from velatura.core.judge import Judge, WeightedReward
 from velatura.core.policy import Policy
 from velatura.core.pulse import alive
@@ -165,6 +166,19 @@ class StageRun:
         """Tell every observer."""
         for observer in self.observers:
             getattr(observer, event_name)(event)
+
+    def asked_to_stop(self) -> str:
+        """The signal that asked any of the processes to stop; empty where none did. Collective."""
+        return next((name for name in self.ranks.gather(INTERRUPTION.signal) if name), "")
+
+    def leave_if_asked(self) -> None:
+        """Wait for every rank; where any was asked to stop, all of them do. Collective.
+
+        Raises:
+            Stopped: what was finished is on disk.
+        """
+        if asked := self.asked_to_stop():
+            raise Stopped(f"{asked}: stage '{self.name}' is saved as far as it is done")
 
     @contextmanager
     def progress(self, total: int, done: int = 0, unit: str = "") -> Iterator[Ticker]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from velatura.core.checkpoint import write_json_atomic
 from velatura.core.components import PromptFilter
 from velatura.core.errors import RecipeError
+from velatura.core.interruption import INTERRUPTION
 from velatura.core.judge import Judge
 from velatura.core.ledger import Row, by_category, is_asleep, read_rows, rows_of, states_by_category, write_rows
 from velatura.core.pictures import overview, save_png
@@ -117,8 +118,12 @@ class Screening:
         size = max(1, self.stage.config.sampling.batch // self.stage.config.group_size)
         with self.stage.progress(len(prompts), unit="prompts") as bar:
             firsts = range(0, len(prompts), size)
-            own = {i: self._block(judge, prompts[i : i + size], look, i, bar) for i in self.stage.ranks.own(firsts)}
-            self.stage.ranks.barrier()  # what the others measured is on disk
+            own = {}
+            for i in self.stage.ranks.own(firsts):
+                if INTERRUPTION.asked:
+                    break
+                own[i] = self._block(judge, prompts[i : i + size], look, i, bar)
+            self.stage.leave_if_asked()  # and what the others measured is on disk
             blocks = [own.get(i) or self._block(judge, prompts[i : i + size], look, i, bar) for i in firsts]
             return _whole([report for report, _ in blocks], prompts), sum(failures for _, failures in blocks)
 

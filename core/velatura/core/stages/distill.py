@@ -15,6 +15,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from velatura.core.alike import plan_facts, require_same
 from velatura.core.components import Distiller, Task, TimestepSampler
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
@@ -22,13 +23,14 @@ from velatura.core.errors import RecipeError
 from velatura.core.folding import strongest_scale
 from velatura.core.learner import Learner, Tally
 from velatura.core.points import Group, MicroBatch, pieces, trajectory_points
-from velatura.core.policy import CURRENT
+from velatura.core.policy import CURRENT, START
 from velatura.core.probe import Probe, make_probe, probe_error
 from velatura.core.rollout import Chunk, Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
+from velatura.core.selfcheck import self_check
 from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_weights, weights_of
 from velatura.core.stages.showcase import Showcase
-from velatura.core.stages.training import Training
+from velatura.core.stages.training import Training, loss_note
 from velatura.core.types import Prompt, Role, StepPlan
 
 
@@ -66,15 +68,21 @@ class Loop:
         """The student draws a few prompts of every route, and learns what the teachers say of where it passed."""
         watch, config = Stopwatch(), self.stage.config
         self.learner.encoder.forget()
+        drawn = {route: next(stream) for route, stream in self.streams.items()}
+        if index == self.training.start:
+            self.require_same_plan(index, drawn)
         with watch.phase("rollout"):
-            visits = [v for route, stream in self.streams.items() for v in self.visit(index, route, next(stream))]
-        total = Tally()
+            visits = [v for route, prompts in drawn.items() for v in self.visit(index, route, prompts)]
+        updates: list[Tally] = []
         with watch.phase("update"):
             for share in range(config.updates_per_step):
                 batches = self.learner.even(
                     self.micro_batches(visits, share), lambda: self.ask(visits[0], [0], total=1)[0]
                 )
-                total.include(self.learner.learn(batches), 1 / config.updates_per_step)
+                if self.learner.policy.same(START, CURRENT):  # no weight has moved yet
+                    self_check(self.learner, batches[0], [visit.times for visit in visits])
+                updates.append(self.learner.learn(batches))
+        total = Tally.of_updates(updates)
         metrics = total.metrics | {
             "rows/forward": float(total.forward_rows),
             "rows/gradient": float(total.gradient_rows),
@@ -88,6 +96,17 @@ class Loop:
                     showcase.draw(index + 1)
         return metrics | watch.seconds
 
+    def _plan(self, index: int, route: str, times: Tensor) -> StepPlan:
+        """Which steps are trained, the same on every rank."""
+        return self.timesteps.plan_at(index, times, generator(self.stage.seed, "plan", index, route))
+
+    def require_same_plan(self, index: int, drawn: Mapping[str, Sequence[Prompt]]) -> None:
+        """Every rank is about to draw the same prompts on the same grids, and to train the same steps. Collective."""
+        for route, prompts in drawn.items():
+            times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
+            facts = plan_facts(prompts, times, self._plan(index, route, times))
+            require_same(self.stage.ranks, facts, f"in step {index} of stage '{self.stage.name}', route '{route}',")
+
     def visit(self, index: int, route: str, prompts: Sequence[Prompt]) -> list[Visit]:
         """The student's own trajectories, without gradient."""
         visits, ranks = [], self.stage.ranks
@@ -96,7 +115,7 @@ class Loop:
             own = [prompts[number] for number in numbers]
             seeds = [[derive(self.stage.seed, "student", index, route, prompt.id)] for prompt in own]
             times = self.sampler.adapter.times(self.sampler.steps, own[0])
-            plan = self.timesteps.plan_at(index, times, generator(self.stage.seed, "plan", index, route))
+            plan = self._plan(index, route, times)
             with self.learner.policy.wearing(CURRENT) as net:
                 chunks = list(
                     rollout(net, self.sampler, own, seeds, plan, keep_trajectory=True, encoder=self.learner.encoder)
@@ -158,6 +177,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         guidance=guidance,
         objective=distiller,
         encoder=Encoder(training.adapter, training.engine.device),
+        guard=training.guard,
     )
     kernel = stage.build("kernel", config.kernel, "kernel")
     sampler = Sampler(
@@ -183,7 +203,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     if training.start == 0:
         for showcase in loop.showcases:
             showcase.draw(0)
-    training.loop(loop.step, lambda m: f"distance to the teachers {m['loss']:.4f}")
+    training.loop(loop.step, lambda m: loss_note(m, "distance to the teachers"))
     folded = strongest_scale(guidance, Role.TEACHER)
     return training.finish() | {
         "guidance_scale": 1.0, "folded": folded != 1, "folded_scale": folded, "teachers": dict(config.teachers),

@@ -15,6 +15,7 @@ import torch
 
 from velatura.core.checkpoint import write_json_atomic
 from velatura.core.components import Evaluator, ModelAdapter, Task
+from velatura.core.interruption import INTERRUPTION
 from velatura.core.judge import Judge
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.recipe import Ref
@@ -116,6 +117,8 @@ def _measure(
     )
     drawn: list[Drawn] = []
     for first in range(0, len(prompts), BLOCK):
+        if INTERRUPTION.asked:
+            break
         numbers = stage.ranks.own(range(first, min(first + BLOCK, len(prompts))))
         block = [prompts[i] for i in numbers]
         bar.tick(f"{model} · {route}", min(BLOCK, len(prompts) - first))
@@ -132,6 +135,7 @@ def _measure(
             columns=_columns(model, route, samples, judge, evaluators, block),
             pixels=_pixels([sample.image for sample in samples]),
         ))  # fmt: skip
+    stage.leave_if_asked()
     every = [one for own in stage.ranks.gather(drawn) for one in own]
     if stage.ranks.first:
         images, rows = in_order(every)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from velatura.core.checkpoint import write_json_atomic
 from velatura.core.clusters import Splits, split_lines
 from velatura.core.data import EpochSampler
 from velatura.core.errors import RecipeError, VelaturaError
+from velatura.core.guard import Fault
 from velatura.core.judge_model import JudgeModel
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.ratings import RatingFile, prompt_key
@@ -26,7 +28,7 @@ from velatura.core.reward_settings import JUDGE
 from velatura.core.seeds import derive
 from velatura.core.stages.common import StageRun, Stopwatch, read_log
 from velatura.core.stages.rate import RATINGS
-from velatura.core.stages.training import Training
+from velatura.core.stages.training import Training, loss_note
 from velatura.core.types import Status
 
 BEST = "best"
@@ -60,7 +62,7 @@ def run(stage: StageRun) -> dict[str, Any]:
                 training.policy.follow(BEST, 0.0)
         return metrics | watch.seconds
 
-    training.loop(step, lambda m: f"loss {m['loss']:.4f}")
+    training.loop(step, loss_note)
     result = training.finish(training.policy.sets[BEST])
     with training.policy.wearing(BEST) as net:
         figures = measured(stage, model, net, data, splits)
@@ -133,9 +135,18 @@ def _learn(training: Training, model: JudgeModel[Any], rated: Sequence[Any], wat
                 sums[f"loss/{name}"] += float(value) * share
         of_ranks = ranks.gather(dict(sums))
         metrics = {name: sum(one[name] for one in of_ranks) for name in sums}
-        info = training.engine.step()
+        training.guard.next_update()
+        fault = None if math.isfinite(metrics["loss"]) else Fault(0, None, f"the loss is {metrics['loss']}")
+        if fault is None:
+            info = training.engine.step()
+            fault = None if info.updated else Fault(0, None, "the gradient is not finite")
+        else:
+            training.engine.zero_grad()
+        if fault is not None:
+            training.guard.refuse([fault])
+            return {"updated": 0.0}
         training.policy.changed()
-    return metrics | {"grad_norm": info.grad_norm, "lr": info.lr, "updated": float(info.updated)}
+    return metrics | {"grad_norm": info.grad_norm, "lr": info.lr, "updated": 1.0}
 
 
 def parts_of(rated: Sequence[Any], size: int, processes: int) -> list[Sequence[Any]]:

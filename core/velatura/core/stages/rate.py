@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from velatura.core.checkpoint import write_text_atomic
+from velatura.core.interruption import INTERRUPTION
 from velatura.core.judge import Judge
 from velatura.core.pictures import overview, save_png, to_pixels
 from velatura.core.policy import CURRENT, Policy
@@ -42,13 +43,15 @@ def run(stage: StageRun) -> dict[str, Any]:
     with _judge(stage) as judge, stage.progress(count, unit="prompts") as bar:
         files = {first: stage.folder / "blocks" / f"{first:06d}.jsonl" for first in range(0, count, size)}
         for first in stage.ranks.own(list(files)):
+            if INTERRUPTION.asked:
+                break
             block = prompts[first : first + size]
             if not files[first].exists():
                 made, failed = _block(stage, policy, sampler, judge, block, prompts, first)
                 write_text_atomic(files[first].with_suffix(FAILURES), json.dumps(failed))
                 write_text_atomic(files[first], made)
             bar.tick("", len(block))
-        stage.ranks.barrier()  # what the others rated is on disk
+        stage.leave_if_asked()  # and what the others rated is on disk
     if not stage.ranks.first:
         return {}
     failures = sum(_failures(path) for path in files.values())

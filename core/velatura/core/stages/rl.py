@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from velatura.core.alike import plan_facts, require_same
 from velatura.core.components import AdvantageEstimator, PromptFilter, TimestepSampler
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
@@ -72,6 +73,8 @@ class Loop:
         ranks = self.stage.ranks
         dealt = ranks.deal(len(prompts), config.updates_per_step)
         own = [prompts[i] for i in dealt[ranks.rank]]
+        if index == self.training.start:
+            self.require_same_plan(index, prompts)
         with watch.phase("rollout"):
             made, rollout_rows = self.sample(index, own)
         with watch.phase("judge"):
@@ -141,6 +144,12 @@ class Loop:
             plan = with_likelihood(plan, self.sampler.kernel, times)
         return weighted(plan, self.stage.config.step_weight, self.sampler.kernel, times)
 
+    def require_same_plan(self, index: int, prompts: Sequence[Prompt]) -> None:
+        """Every rank is about to draw the same prompts on the same grid, and to train the same steps. Collective."""
+        times = self.sampler.adapter.times(self.sampler.steps, prompts[0])
+        facts = plan_facts(prompts, times, self._plan(index, times))
+        require_same(self.stage.ranks, facts, f"in step {index} of stage '{self.stage.name}'")
+
     @property
     def _trajectories(self) -> bool:
         return self.learner.objective.requires.points == "trajectory"
@@ -156,7 +165,7 @@ class Loop:
         groups, on whatever rank; `mine`: of all of this rank's."""
         config = self.stage.config
         groups = groups_to_learn(made, advantages)
-        total = Tally()
+        updates: list[Tally] = []
         shares = [set(numbers[i :: config.updates_per_step]) for i in range(config.updates_per_step)]
         filled = [share for share in shares if share]
         for share in filled:
@@ -166,9 +175,11 @@ class Loop:
                 lambda: self.micro_batches(index, [any_group(made)], made, advantages.values, total=1)[0],
             )
             if self.learner.policy.same(START, CURRENT):  # no weight has moved yet
-                self_check(self.learner, batches[0])
-            total.include(self.learner.learn(batches), 1 / len(filled))
-        total.metrics.setdefault("loss", 0.0)
+                self_check(self.learner, batches[0], [part.times for part in made.parts])
+            updates.append(self.learner.learn(batches))
+        total = Tally.of_updates(updates)
+        if not updates:
+            total.metrics["loss"] = 0.0
         return total
 
     def micro_batches(
@@ -290,6 +301,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         guidance=stage.build("guidance", config.guidance, "guidance"),
         objective=objective,
         encoder=Encoder(training.adapter, training.engine.device),
+        guard=training.guard,
     )
     sampler = stage.sampler(training.adapter, learner.guidance)
     prompts = training_prompts(stage)

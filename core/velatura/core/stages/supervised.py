@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from velatura.core.alike import digest, require_same
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
 from velatura.core.errors import RecipeError
 from velatura.core.learner import Learner, Tally
 from velatura.core.points import MicroBatch
+from velatura.core.policy import CURRENT, START
 from velatura.core.rollout import by_layout
 from velatura.core.seeds import generator
+from velatura.core.selfcheck import self_check
 from velatura.core.stages.common import StageRun, Stopwatch
-from velatura.core.stages.training import Training
+from velatura.core.stages.training import Training, loss_note
 from velatura.core.types import Points, Prompt
 
 EMA = "ema"
@@ -34,23 +37,29 @@ def run(stage: StageRun) -> dict[str, Any]:
         guidance=stage.build("guidance", "none", "guidance"),
         objective=stage.build("objective", config.objective, "objective"),
         encoder=Encoder(training.adapter, training.engine.device),
+        guard=training.guard,
     )
-    prompts = stage.build("task", config.task, "task").prompts("train")
+    every = stage.build("task", config.task, "task").prompts("train")
     stage.ranks.require(config.batch, stage.at("batch"))
-    stream = PromptStream(prompts, config.batch, seed=stage.seed, at=f"stages.{stage.name}", start=training.start)
+    stream = PromptStream(every, config.batch, seed=stage.seed, at=f"stages.{stage.name}", start=training.start)
 
     def step(index: int) -> dict[str, float]:
         watch = Stopwatch()
         learner.encoder.forget()
         with watch.phase("data"):
-            batches = micro_batches(stage, training, next(stream), index)
+            prompts = next(stream)
+            if index == training.start:
+                require_same(stage.ranks, {"list of prompts": digest([p.id for p in prompts])}, f"in step {index}")
+            batches = micro_batches(stage, training, prompts, index)
             batches = learner.even(batches, lambda: batches[0])
         with watch.phase("update"):
+            if training.policy.same(START, CURRENT):  # no weight has moved yet
+                self_check(learner, batches[0])
             tally = learner.learn(batches)
         training.policy.follow(EMA, min(config.ema, (1 + index) / (10 + index)))
         return tally.metrics | watch.seconds | _rows(tally)
 
-    training.loop(step, lambda m: f"loss {m['loss']:.4f}")
+    training.loop(step, loss_note)
     return training.finish(training.policy.sets[EMA]) | training.lineage()
 
 

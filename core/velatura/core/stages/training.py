@@ -12,15 +12,18 @@ from loguru import logger
 from safetensors.torch import save_file
 from torch import Tensor
 
+from velatura.core import __version__
+from velatura.core.alike import digest, require_same, require_same_weights
 from velatura.core.checkpoint import load_latest, save_checkpoint
 from velatura.core.components import ModelAdapter
 from velatura.core.engine import OptimizerConfig, make_engine
 from velatura.core.engine.protocol import Engine
-from velatura.core.errors import VelaturaError
+from velatura.core.errors import Stopped, VelaturaError
 from velatura.core.events import CheckpointSaved, RunEnd, RunStart, StepEnd
+from velatura.core.guard import Guard
 from velatura.core.policy import CURRENT, START, Policy
 from velatura.core.pulse import alive
-from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, manifest_of
+from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, manifest_of, read_log
 
 CARRIED = "memory-"
 """Sections of a checkpoint that hold what components remember begin with this."""
@@ -63,6 +66,11 @@ class Training:
         self._carried: dict[str, Remembers] = {}
         self._remembered: dict[str, Mapping[str, Tensor]] = {}
         self.start = self._resume()
+        skipped = [row.get("skipped", 0) for row in read_log(run.folder / "metrics.jsonl") if row["step"] < self.start]
+        self.guard = Guard(
+            name=run.name, folder=run.folder, ranks=run.ranks, policy=self.policy, limit=self.config.max_skipped,
+            at=run.at("max_skipped"), before=int(sum(skipped)),
+        )  # fmt: skip
         self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start) if run.ranks.first else None
 
     @property
@@ -114,6 +122,7 @@ class Training:
     def loop(self, step: Callable[[int], dict[str, float]], note: Callable[[Mapping[str, float]], str]) -> None:
         """Run `step` until all steps are done, saving as the recipe says; observers hear of everything."""
         total = self.config.steps
+        self._require_alike()
         self.run.notify("run_start", RunStart(
             stage=self.run.name, kind=self.config.stage, folder=self.run.folder, step=self.start, total=total,
             config=self.config.model_dump(by_alias=True),
@@ -135,19 +144,33 @@ class Training:
         note: Callable[[Mapping[str, float]], str],
         bar: Ticker,
     ) -> int:
+        self.guard.begin(index)
         begin = time.perf_counter()
-        metrics = step(index)
+        metrics = step(index) | self.guard.metrics
         metrics["time/step_s"] = time.perf_counter() - begin
-        if metrics.get("updated", 1.0) < 1:
-            logger.warning("{}: step {} had a non-finite gradient; that update was not taken", self.run.name, index)
         if self.log is not None:
             self.log.add(index, metrics)
         self.run.notify("step_end", StepEnd(step=index, metrics=metrics))
+        self.guard.require_budget()
         done = index + 1
-        if done % self.config.checkpoint_every == 0 and done < self.config.steps:
+        asked = self.run.asked_to_stop()
+        if done < self.config.steps and (asked or done % self.config.checkpoint_every == 0):
             self.save(done)
         bar.tick(note(metrics))
+        if done < self.config.steps and asked:
+            raise Stopped(f"{asked}: stage '{self.run.name}' is saved after step {done} of {self.config.steps}")
         return done
+
+    def _require_alike(self) -> None:
+        """All processes are about to do the same, from the same weights."""
+        ranks, when = self.run.ranks, f"before the first update of stage '{self.run.name}'"
+        require_same(ranks, {
+            "recipe": digest([self.config.model_dump(), self.run.recipe.engine.model_dump(), self.run.seed]),
+            "first step": str(self.start),
+            "version of Velatura": __version__,
+            "version of torch": torch.__version__,
+        }, when)  # fmt: skip
+        require_same_weights(ranks, self.policy.net, when)
 
     def lineage(self) -> dict[str, Any]:
         """What the result inherits from where it started: a student's folded guidance stays folded."""
@@ -169,3 +192,8 @@ class Training:
         change = torch.stack([(final[n] - self.initial[n]).float().norm() for n in final]).norm()
         size = torch.stack([self.initial[n].float().norm() for n in final]).norm()
         return {"steps": self.config.steps, "relative_change": float(change / size)}
+
+
+def loss_note(metrics: Mapping[str, float], what: str = "loss") -> str:
+    """What a progress bar says of a step."""
+    return f"{what} {metrics['loss']:.4f}" if "loss" in metrics else "no update"

@@ -1,0 +1,183 @@
+"""An update that was not taken, once more: what in it is not finite?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velatura.core.commands import open_run, stage_run
+from velatura.core.encoding import Encoder
+from velatura.core.engine import EngineConfig, OptimizerConfig, make_engine
+from velatura.core.errors import VelaturaError
+from velatura.core.guard import FOLDER
+from velatura.core.kept_batches import FACTS, Kept, KeptUpdate, read_kept
+from velatura.core.learner import Learner, Tally
+from velatura.core.points import MicroBatch
+from velatura.core.policy import Policy
+from velatura.core.stages.common import StageRun
+from velatura.core.types import Points, Role
+
+OBJECTIVES = {"rl": "objective", "supervised": "objective", "distill": "distiller"}
+"""Kind of stage -> slot of what makes its loss."""
+GUIDED = ("rl", "distill")
+SHOWN = 8
+"""Names of one kind in a line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A micro-batch that was computed again."""
+
+    rank: int
+    number: int
+    loss: float
+    points: tuple[str, ...]
+    """What is not finite, point by point."""
+    parameters: tuple[str, ...]
+    """Names of the parameters whose gradient is not finite."""
+    trained: int
+    """How many parameters there are."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is nothing to find fault with."""
+        return not self.points and not self.parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """All that was kept of an update, computed again."""
+
+    facts: Mapping[str, Any]
+    weights: tuple[str, ...]
+    """Names of trained tensors that are not finite themselves."""
+    batches: tuple[Finding, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything came out finite this time."""
+        return not self.weights and all(batch.finite for batch in self.batches)
+
+
+def replay(folder: Path) -> Replayed:
+    """Load what was kept in RUN/STAGE/nonfinite/step-..., and compute loss and gradient of each micro-batch again, in
+    this process and in the precision of the run.
+
+    Raises:
+        VelaturaError: it is not such a folder, or the run it belongs to cannot be opened.
+    """
+    if not (folder / FACTS).exists():
+        there = sorted(str(path.parent) for path in folder.glob(f"**/{FOLDER}/*/{FACTS}"))
+        raise VelaturaError(
+            f"{folder} is not an update that was kept: it has no {FACTS}. "
+            + (f"There is: {', '.join(there)}." if there else f"Runs keep them in RUN/STAGE/{FOLDER}/.")
+        )
+    folder = folder.resolve()
+    stage = stage_run(open_run(folder.parents[2]), folder.parents[1].name)
+    if stage.config.stage not in OBJECTIVES:
+        raise VelaturaError(f"a stage of kind {stage.config.stage} cannot be replayed; {', '.join(OBJECTIVES)} can.")
+    kernel = stage.build("kernel", stage.config.kernel, "kernel") if hasattr(stage.config, "kernel") else None
+    kept = read_kept(folder, kernel)
+    learner = _learner(stage, kept)
+    weights = tuple(name for name, value in kept.weights.items() if not bool(torch.isfinite(value).all()))
+    batches = tuple(_again(learner, part) for part in kept.batches)
+    return Replayed(facts=kept.facts, weights=weights, batches=batches)
+
+
+def _learner(stage: StageRun, kept: KeptUpdate) -> Learner:
+    """The network wearing the weights of that moment, in plain torch: there is one process."""
+    adapter = stage.adapter()
+    policy = Policy(adapter.load(stage.device))
+    policy.load(kept.weights, what="what was kept of the update")
+    engine = stage.recipe.engine
+    config = EngineConfig(kind="local", precision=engine.precision, device=engine.device, threads=engine.threads)
+    made = make_engine(policy.net, config, OptimizerConfig(lr=stage.config.optimizer.lr))
+    slot = OBJECTIVES[stage.config.stage]
+    guidance = stage.config.guidance if stage.config.stage in GUIDED else "none"
+    return Learner(
+        engine=made, policy=policy, adapter=adapter, guidance=stage.build("guidance", guidance, "guidance"),
+        objective=stage.build(slot, getattr(stage.config, slot), slot), encoder=Encoder(adapter, made.device),
+    )  # fmt: skip
+
+
+def _again(learner: Learner, part: Kept) -> Finding:
+    """Loss and gradient of one micro-batch, and what in them is not finite."""
+    device = learner.engine.device
+    batch = MicroBatch(
+        prompts=part.batch.prompts, rows=part.batch.rows.to(device), points=_on(part.batch.points, device),
+        teacher=part.batch.teacher,
+    )  # fmt: skip
+    frozen = {role: None if value is None else value.to(device) for role, value in part.frozen.items()}
+    velocity = learner.velocities(batch, Tally(), frozen)
+    loss = learner.objective.loss(batch.points, velocity)
+    learner.engine.backward(loss.value, last=True)
+    gradients = dict(learner.engine.gradients())
+    learner.engine.zero_grad()
+    return Finding(
+        rank=part.rank, number=part.number, loss=float(loss.value.detach()),
+        points=tuple(_points(learner, batch, {role: value.detach() for role, value in velocity.items()})),
+        parameters=tuple(name for name, value in gradients.items() if not bool(torch.isfinite(value).all())),
+        trained=len(gradients),
+    )  # fmt: skip
+
+
+def _points(learner: Learner, batch: MicroBatch, velocity: Mapping[Role, Tensor]) -> list[str]:
+    """For each point in which something is not finite: which one it is, and what."""
+    found = []
+    for n, row in enumerate(batch.rows.tolist()):
+        one = _one(batch.points, n)
+        odd = [f.name for f in fields(Points) if f.name != "log_prob" and _odd(getattr(one, f.name))]
+        odd += [f"velocity of {role}" for role, value in velocity.items() if _odd(value[n])]
+        loss = learner.objective.loss(one, {role: value[n : n + 1] for role, value in velocity.items()}).value
+        odd += ["loss"] if _odd(loss) else []
+        if odd:
+            prompt = batch.prompts[row].id
+            found.append(f"point {n} (prompt {prompt!r}, t = {float(one.t[0]):.4f}): {', '.join(odd)}")
+    return found
+
+
+def _one(points: Points, n: int) -> Points:
+    """One of N points."""
+    given = {f.name: getattr(points, f.name) for f in fields(Points)}
+    return Points(**{k: v[n : n + 1] if isinstance(v, Tensor) else v for k, v in given.items()})
+
+
+def _on(points: Points, device: torch.device) -> Points:
+    given = {f.name: getattr(points, f.name) for f in fields(Points)}
+    return Points(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()})
+
+
+def _odd(value: object) -> bool:
+    return isinstance(value, Tensor) and not bool(torch.isfinite(value).all())
+
+
+def told(replayed: Replayed) -> str:
+    """What was found, for people."""
+    facts = replayed.facts
+    lines = [f"stage '{facts['stage']}', step {facts['step']}, update {facts['update']}: {facts['faults'][0]}"]
+    if replayed.weights:
+        lines.append(f"weights that are not finite: {_some(replayed.weights)}")
+    for batch in replayed.batches:
+        state = "all is finite" if batch.finite else "not finite"
+        lines.append(f"process {batch.rank}, micro-batch {batch.number}: {state}, loss {batch.loss:.6g}")
+        lines += [f"  {text}" for text in batch.points[:SHOWN]]
+        lines += [f"  and {len(batch.points) - SHOWN} more points"] if len(batch.points) > SHOWN else []
+        if batch.parameters:
+            count = f"{len(batch.parameters)} of {batch.trained}"
+            lines.append(f"  gradient not finite for {count} parameters: {_some(batch.parameters)}")
+    if replayed.finite:
+        lines.append(
+            "here everything is finite: the cause lay in what one process does not repeat, such as another device, or "
+            "a sum over processes that overflowed"
+        )
+    return "\n".join(lines)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
