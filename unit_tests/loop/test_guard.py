@@ -155,9 +155,7 @@ def test_too_many_of_them_end_the_run_and_the_last_good_state_stays(recipe: Make
     assert json.loads((run / "teacher" / "manifest.json").read_text())["status"] == "failed"
     weights = [load_checkpoint(c).tensors["policy"] for c in sorted((run / "teacher" / "checkpoints").glob("step-*"))]
     assert all(bool(value.isfinite().all()) for own in weights for value in own.values())
-    with pytest.raises(
-        NotFiniteError, match="3 updates of stage .* The last was step 4"
-    ):  # two of them are from before
+    with pytest.raises(NotFiniteError, match=r"3 updates of stage .* The last was step 4"):  # two are from before
         run_pipeline(path)
     assert len(list((run / "teacher" / "nonfinite").iterdir())) <= KEPT
 
