@@ -105,7 +105,7 @@ def arm(do: str, at: str = "", call: int = 1, seconds: float = 0.0, size: int = 
     """Prepare a fault of this process.
 
     `do`: `kill` (SIGKILL), `raise` (an error that nobody expects) or `sleep`, at the `call`-th call of the function
-    `at`, `module:name`; `limit`: no file can grow above `size` bytes; `stranger`: go on as a user who may write nothing;
+    `at`, `module:name`; `limit`: no file can grow above `size` bytes; `stranger`: be a user who may write nothing;
     `count`: write how many functions of Velatura were called into `report`; `kill-anywhere`: SIGKILL at the `call`-th.
     """
     if do == "stranger":
