@@ -33,8 +33,14 @@ def two_steps(recipe: Path, overrides: list[str]) -> Iterator[str]:
             yield f"stages.{name}.{key}={value}"
 
 
+@pytest.fixture(scope="module")
+def done() -> list[Path]:
+    """Finished runs of all files, which others take stages from."""
+    return []
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_arm_runs_and_the_findings_are_written(path: Path, tmp_path: Path) -> None:
+def test_every_arm_runs_and_the_findings_are_written(path: Path, tmp_path: Path, done: list[Path]) -> None:
     ablation = load_ablation(path)
     assert len(ablation.seeds) >= 3
     recipe = recipe_path(ablation, path)
@@ -42,7 +48,6 @@ def test_every_arm_runs_and_the_findings_are_written(path: Path, tmp_path: Path)
 
     ablation = ablation.model_copy(update={"seeds": [0]})
     jobs = jobs_of(ablation, tmp_path)
-    done: list[Path] = []
     for job in dict.fromkeys(jobs.values()):
         overrides = [*job.overrides, *two_steps(recipe, list(job.overrides)), f"output={job.folder}"]
         borrow(recipe, overrides, job.folder, done)
