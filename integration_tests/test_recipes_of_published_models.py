@@ -141,6 +141,15 @@ def test_check_says_what_each_would_do(
     assert said.count("warning") == said.count("trains under allow_unvalidated_reward: it has no reward card") > 0
 
 
+def test_check_refuses_guidance_of_a_distilled_model_and_names_the_stage(
+    models: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guidance = [f"stages.teacher_content.guidance.{key}" for key in ("use=rollout-only", "with.scale=3")]
+    assert main(["check", "flux1-dev", *tiny("flux1-dev", models), *guidance]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stages.teacher_content: A guidance scale other than 1 was asked of" in said
+
+
 def test_sd35_learns_from_pickscore_and_has_its_guidance_folded_in(models: Path, home: Path) -> None:
     name = "sd35-medium"
     run = finish(name, overrides(name, models, None), home / "run")

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from velatura.api import Context, Prompt, VelaturaError
 from velatura.core.rollout import Sampler, rollout
 from velatura.plugins.adapters.lora import LORA_NAME
+from velatura.plugins.adapters.model_folder import UNWANTED, WANTED
 from velatura.plugins.adapters.qwen_image_21 import QwenImage21, QwenImage21Options
 from velatura.plugins.adapters.visit import Visit
 from velatura.plugins.guidance.policies import RolloutOnly, ScaleOptions
@@ -80,6 +82,18 @@ def test_a_folder_without_its_transformer(folder: Path, tmp_path: Path) -> None:
         adapter_of(broken, tmp_path).load(CPU)
 
 
+def test_a_configuration_that_was_cut_off(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    for name in ("scheduler/scheduler_config.json", "transformer/config.json", "model_index.json"):
+        whole = (broken / name).read_text()
+        (broken / name).write_text(whole[:-20])
+        adapter = adapter_of(broken, tmp_path)
+        with pytest.raises(VelaturaError, match=rf"{name} cannot be read: .*copied to the end\?"):
+            adapter.times(4)
+        (broken / name).write_text(whole)
+
+
 def test_the_size_is_the_prompts_or_the_sources_or_the_configured_one(folder: Path, tmp_path: Path) -> None:
     adapter = adapter_of(folder, tmp_path)
     assert adapter.size(PROMPT) == (64, 96)
@@ -125,6 +139,9 @@ def test_a_guidance_scale_for_a_guidance_distilled_model_is_refused_in_the_rollo
         with pytest.raises(VelaturaError, match=r"scale other than 1 was asked of .*guidance to `none`") as told:
             list(rollout(net, sampler, [PROMPT], [[1]]))
         assert remedy in str(told.value)
+        told_before = adapter.footprint(PROMPT)
+        with pytest.raises(VelaturaError, match=r"scale other than 1 was asked of"):  # what `velatura check` asks for
+            told_before.null(1)
 
 
 def test_bf16_on_a_device_that_lacks_it_is_refused_before_weights_are_read(
@@ -162,7 +179,7 @@ def test_a_prompt_is_encoded_once_and_read_from_disk_ever_after(
     again.null([PROMPT])
 
 
-@pytest.mark.parametrize("change", ["text", "pixels", "size", "encoder"])
+@pytest.mark.parametrize("change", ["text", "pixels", "size", "encoder", "chat", "template", "library", "precision"])
 def test_a_row_is_encoded_anew_when_anything_it_depends_on_changed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -173,6 +190,13 @@ def test_a_row_is_encoded_anew_when_anything_it_depends_on_changed(
         (copy / "text_encoder" / "config.json").write_text(json.dumps(
             json.loads((copy / "text_encoder" / "config.json").read_text()) | {"note": "another"}
         ))  # fmt: skip
+    if change == "chat":
+        (template,) = copy.glob("processor/*.jinja")
+        template.write_text(template.read_text() + " ")
+    if change == "template":
+        monkeypatch.setattr(QwenImage21, "template", "2")
+    if change == "library":
+        monkeypatch.setattr("velatura.plugins.adapters.diffusers_base.version", lambda name: f"another {name}")
     prompt = {
         "text": edit(PIXELS, text="make it red"),
         "pixels": edit(PIXELS.flip(1)),
@@ -181,8 +205,14 @@ def test_a_row_is_encoded_anew_when_anything_it_depends_on_changed(
     encoded = []
     row = QwenImage21.row
     monkeypatch.setattr(QwenImage21, "row", lambda *a: encoded.append(1) or row(*a))
-    adapter_of(copy, tmp_path / "cache").encode([prompt])
+    again = adapter_of(copy, tmp_path / "cache")
+    if change == "precision":
+        again.setup(Context(device=CPU, cache=tmp_path / "cache", seed=0, base=tmp_path, precision="bf16"))
+    again.encode([prompt])
     assert encoded == [1]
+    kept = [load_file(path)["text"].dtype for path in (tmp_path / "cache" / "conditionings").glob("*/*.safetensors")]
+    native = torch.bfloat16 if change == "precision" else torch.float32
+    assert sorted(map(str, kept)) == sorted(map(str, (torch.float32, native)))
 
 
 def test_frozen_parts_stay_for_a_batch_of_rows_and_leave_with_it(
@@ -300,6 +330,48 @@ def test_an_exported_model_and_its_lora_weights_load_with_stock_diffusers_alone(
     assert LORA_NAME in net.peft_config
     torch.testing.assert_close(merged, ours, rtol=0, atol=1e-5)
     torch.testing.assert_close(layered, ours, rtol=0, atol=1e-6)
+
+
+def test_an_export_takes_the_parts_and_the_licence_and_leaves_what_holds_the_old_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    for name in ("LICENSE.md", "the-whole-model.safetensors", "example.png"):
+        (source / name).write_text("x")
+    (source / "comfy").mkdir()
+    adapter = adapter_of(source, tmp_path)
+    adapter.export(adapter.load(CPU), tmp_path / "export", info={})
+    left = {path.name for path in (tmp_path / "export").iterdir()} ^ {path.name for path in folder.iterdir()}
+    assert left == {"LICENSE.md", "lora", "velatura.json"}
+
+
+def test_other_variants_of_the_same_weights_are_neither_fetched_nor_counted(folder: Path, tmp_path: Path) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    before = adapter_of(source, tmp_path).folder.frozen_bytes(torch.float32)
+    assert before["text_encoder"] > 0
+    weights = source / "text_encoder" / "model.safetensors"
+    for name in ("model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors"):
+        shutil.copy(weights, weights.with_name(name))
+    assert adapter_of(source, tmp_path).folder.frozen_bytes(torch.float32) == before
+    wanted = ["LICENSE.md", "model_index.json", "text_encoder/model-00001-of-00002.safetensors",
+              "text_encoder/model.safetensors.index.json", "tokenizer/tokenizer.json", "vae/config.json"]  # fmt: skip
+    others = ["flux1-dev.safetensors", "example.png", "text_encoder/model.fp16.safetensors",
+              "text_encoder/model.fp16-00001-of-00002.safetensors", "text_encoder/pytorch_model.bin",
+              "vae/model.onnx"]  # fmt: skip
+    assert [*filter_repo_objects([*wanted, *others], allow_patterns=WANTED, ignore_patterns=UNWANTED)] == wanted
+
+
+def test_loading_and_saving_a_model_prints_nothing(
+    opened: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = opened("sd3", lora_rank=2)
+    adapter.encode([PROMPT])
+    adapter.export(adapter.load(CPU), tmp_path / "export", info={})
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_exported_folder_opens_with_the_same_adapter(folder: Path, tmp_path: Path) -> None:

@@ -220,18 +220,20 @@ def test_an_attention_back_end_that_cannot_be_had_is_refused(name: str, message:
 
 
 @pytest.fixture
-def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """torch.compile without the minutes that its code generator takes: dynamo's and autograd's graphs, run as they
-    are. Names the classes that were compiled."""
+    are. Names the classes that were compiled; where torch would give up, as too much is compiled, it is an error."""
     compiled: list[str] = []
-    original = nn.Module.compile
+    original = torch.compile
 
-    def compile_it(module: nn.Module, *arguments: Any, **options: Any) -> None:
-        compiled.append(type(module).__name__)
-        original(module, *arguments, backend="aot_eager", **options)
+    def compile_it(forward: Any, **options: Any) -> Any:
+        compiled.append(type(forward.__self__).__name__)
+        return original(forward, backend="aot_eager", **options)
 
-    monkeypatch.setattr(nn.Module, "compile", compile_it)
-    return compiled
+    monkeypatch.setattr(torch, "compile", compile_it)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        yield compiled
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
@@ -258,6 +260,34 @@ def test_compiled_blocks_train_a_step_and_pass_the_check_before_it(
     assert metrics["grad_norm"] > 0
     assert checked == ["once"]
     assert quickly_compiled == blocks
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_new_lengths_of_prompts_and_sizes_of_groups_compile_nothing_anew(
+    opened: Make, quickly_compiled: list[str]
+) -> None:
+    plain, other = (opened("qwen_image_21", lora_rank=2, compile=compiles) for compiles in (False, True))
+    nets = [wake(adapter.load(CPU)) for adapter in (plain, other)]
+
+    def compare(texts: tuple[str, ...], each: int, grad: bool) -> None:
+        prompts = [Prompt(id=text, text=text, task="t2i") for text in texts]
+        rows = torch.arange(len(prompts)).repeat_interleave(each)
+        x, t = other.noise(prompts, list(range(len(rows)))), torch.linspace(0.9, 0.2, len(rows))
+        with torch.set_grad_enabled(grad):
+            expected, found = (
+                other.velocity(net, x, t, other.prepare(net, other.encode(prompts)), rows) for net in nets
+            )
+        assert found.requires_grad is grad
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+    for grad in (False, True):
+        for texts, each in ((("a",), 2), (("a fox",), 3), (("a fox", "two foxes"), 3), (("an owl", "a fox"), 2)):
+            compare(texts, each, grad)
+    assert quickly_compiled
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for grad in (False, True):
+            compare(("a red fox with a blue hat beside a green door",), 4, grad)
+            compare(("an owl", "a red fox with a blue hat", "two birds on a wire"), 5, grad)
 
 
 def test_compiled_blocks_wear_every_set(opened: Make, quickly_compiled: list[str]) -> None:

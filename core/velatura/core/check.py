@@ -15,7 +15,7 @@ from velatura.core.build import build
 from velatura.core.calibrate_checks import check_weights
 from velatura.core.cards.required import check_cards
 from velatura.core.components import Component, PolicyObjective
-from velatura.core.errors import RecipeError, suggest
+from velatura.core.errors import RecipeError, VelaturaError, suggest
 from velatura.core.estimate import Speed, work
 from velatura.core.folding import folded_scale, guidance_scale
 from velatura.core.memory import CPU, PHASES, MemoryPlan
@@ -234,7 +234,12 @@ def _memory(plan: Any, placement: Placement, name: str) -> MemoryPlan | None:
     if stage.stage in WITHOUT_ROWS:
         return None
     adapter = set_up(plan, "adapter", stage.adapter)
-    return placement.plan(name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))
+    try:
+        return placement.plan(name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))
+    except RecipeError:
+        raise
+    except VelaturaError as error:
+        raise RecipeError(f"{plan.recipe.at(('stages', name))}: {error}") from error
 
 
 def memory_table(name: str, plan: MemoryPlan) -> Table:

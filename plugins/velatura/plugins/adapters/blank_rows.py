@@ -13,6 +13,7 @@ from torch import Tensor
 
 from velatura.api import Prompt
 from velatura.plugins.adapters.conditioning import Row
+from velatura.plugins.adapters.sizes import shape_of
 
 if TYPE_CHECKING:
     from velatura.plugins.adapters.diffusers_base import DiffusersAdapter
@@ -49,7 +50,7 @@ def _qwen_image_edit_plus(adapter: Any, prompt: Prompt, length: int) -> Row:
     from velatura.plugins.adapters.qwen_image_edit_plus import _resized_size
 
     config, options = adapter.folder.config("transformer"), adapter.options
-    shapes = [(source.shape[1], source.shape[2]) for source in prompt.sources]
+    shapes = [shape_of(source) for source in prompt.sources]
     drawn = [_resized_size(shape, options.source_area) for shape in shapes]
     seen = [_resized_size(shape, options.encoder_area) for shape in shapes]
     tokens = sum(height * width // adapter.multiple**2 for height, width in drawn)
@@ -92,7 +93,7 @@ def _source_tokens(
     """Latents of all sources, a token per `multiple` x `multiple` pixels."""
     if not prompt.sources:
         return {}
-    sizes = [sized((source.shape[1], source.shape[2])) for source in prompt.sources]
+    sizes = [sized(shape_of(source)) for source in prompt.sources]
     tokens = sum(height * width // adapter.multiple**2 for height, width in sizes)
     return {name: _zeros(adapter, tokens, adapter.folder.config("transformer")["in_channels"])}
 

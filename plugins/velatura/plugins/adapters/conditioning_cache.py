@@ -18,6 +18,8 @@ from velatura.api import Prompt
 
 FORMAT = "1"
 """Raised when an encoded row would come out differently for the same key."""
+HASHED = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
+"""Files that a part is made of: weights, configurations, vocabularies, templates of chats."""
 
 
 class ConditioningCache:
@@ -69,7 +71,7 @@ def _content_hash(path: Path) -> str:
 
 def weights_hash(folder: Path, memory: Path) -> str:
     """SHA-256 over the weights and configurations in `folder`; remembered in `memory` as long as no file changes."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".model"))
+    files = sorted(path for path in folder.rglob("*") if path.suffix in HASHED)
     facts = [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     stamp = hashlib.sha256(json.dumps([str(folder.resolve()), facts]).encode()).hexdigest()
     known = memory / f"{stamp}.sha256"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
@@ -31,7 +32,8 @@ from velatura.plugins.adapters.lora import ATTENTION, add_lora
 from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
 from velatura.plugins.adapters.pipeline_export import write_pipeline
 from velatura.plugins.adapters.running import compile_blocks, set_attention
-from velatura.plugins.adapters.sizes import Buckets, Size, buckets_of, drawable, nearest, sides, stretched
+from velatura.plugins.adapters.sizes import Buckets, Size, buckets_of, drawable, nearest, shape_of, sides, stretched
+from velatura.plugins.adapters.times import shift_of
 from velatura.plugins.adapters.visit import Visit
 
 
@@ -116,6 +118,17 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         """Drawn noise [B ...] to the x of the loop [B ...]."""
         return x
 
+    def compiles(self, told: Mapping[str, Any]) -> bool:
+        """Whether a block that is called with the arguments `told` runs compiled, where `compile` asks for it."""
+        return True
+
+    def check_guided(self) -> None:
+        """Asked before an unconditional branch is made use of.
+
+        Raises:
+            VelaturaError: the network has none.
+        """
+
     # The contract
 
     def load(self, device: torch.device) -> nn.Module:
@@ -127,7 +140,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         if options.attention is not None:
             set_attention(net, options.attention, device, self.dtype)
         if options.compile:
-            compile_blocks(net)
+            compile_blocks(net, self.compiles)
         return net
 
     def equipped(self, net: nn.Module) -> nn.Module:
@@ -145,7 +158,12 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         return self._rows(prompts, [prompt.text for prompt in prompts])
 
     def null(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """The same with the negative prompt; without source images one stored row serves all."""
+        """The same with the negative prompt; without source images one stored row serves all.
+
+        Raises:
+            VelaturaError: the network has no unconditional branch.
+        """
+        self.check_guided()
         if any(prompt.sources for prompt in prompts):
             return self._rows(prompts, [self.options.negative_prompt] * len(prompts))
         one = self._rows(prompts[:1], [self.options.negative_prompt])
@@ -283,7 +301,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         """
         multiple, configured = self.multiple, (self.options.height, self.options.width)
         drawable(configured, multiple, "The adapter's `height` and `width` ask for", self.name)
-        shape = prompt.size or (_shape(prompt.sources[-1]) if prompt.sources else None)
+        shape = prompt.size or (shape_of(prompt.sources[-1]) if prompt.sources else None)
         if shape is None:
             return configured
         if self._buckets:
@@ -304,8 +322,8 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         """Height and width at which a source is handed to the family: its own, or those of its bucket, enlarged where
         the family looks at more pixels than it draws."""
         if not self._buckets:
-            return _shape(source)
-        height, width = nearest(self._buckets, _shape(source))
+            return shape_of(source)
+        height, width = nearest(self._buckets, shape_of(source))
         area = getattr(self.options, "source_area", None) or height * width
         scale = max(1.0, math.sqrt(area / (height * width)))
         return round(height * scale), round(width * scale)
@@ -362,7 +380,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
                    "buckets", "gradient_checkpointing", "attention", "compile", *self.beside_rows}  # fmt: skip
         return {
             "family": self.name,
-            "template": self.template,
+            "template": [self.template, *map(version, ("diffusers", "transformers"))],  # which write the stock ones
             "dtype": str(self.dtype),
             "options": self.options.model_dump(mode="json", exclude=trained),
             "encoders": self._encoder_hashes,
@@ -370,23 +388,11 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
 
     @cached_property
     def _encoder_hashes(self) -> dict[str, str]:
-        parts = [*self.encoders, *(("vae",) if self.sources != 0 else ())]
-        return {part: weights_hash(self.folder.path / part, self._hashes) for part in parts}
+        parts = {*self.encoders, *(part for part in self.folder.index if part.startswith(("tokenizer", "processor")))}
+        parts |= {"vae"} if self.sources != 0 else set()
+        return {part: weights_hash(self.folder.path / part, self._hashes) for part in sorted(parts)}
 
     @property
     def _hashes(self) -> Path:
         """Where hashes of large files are remembered."""
         return (self._context.cache if self._context else Path.home() / ".cache" / "velatura") / "hashes"
-
-
-def _shape(image: Tensor) -> Size:
-    """Height and width of `3 H W`."""
-    return image.shape[1], image.shape[2]
-
-
-def shift_of(config: Mapping[str, Any], tokens: int) -> float:
-    """The logarithm mu of the time shift for a picture of `tokens` tokens: linear between two configured sizes."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (most - least) / (high - low)
-    return float(tokens * slope + (least - slope * low))

@@ -114,8 +114,8 @@ class DiffusersFlow(DiffusersAdapter[DiffusersFlowOptions]):
         side = int(patch[-1] if isinstance(patch, list) else patch)
         return int(self.pipe.vae_scale_factor) * (max(2, side) if hasattr(self.pipe, "_pack_latents") else side)
 
-    def null(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """The negative prompt as the stock pipeline encodes it; one stored row serves all prompts.
+    def check_guided(self) -> None:
+        """Whether there is an unconditional branch is heard in the rehearsals.
 
         Raises:
             VelaturaError: the pipeline has no unconditional branch that can be followed.
@@ -125,6 +125,10 @@ class DiffusersFlow(DiffusersAdapter[DiffusersFlowOptions]):
                 f"a guidance scale was asked of {self.folder.pipeline_class}, but {missing}. Take guidance `none`; a "
                 "scale that the network itself is told is set with `embedded_guidance`."
             )
+
+    def null(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """The negative prompt as the stock pipeline encodes it; one stored row serves all prompts."""
+        self.check_guided()
         for prompt in prompts:
             self._check_sources(prompt)
         one = self._rows(prompts[:1], [UNCONDITIONAL + self.options.negative_prompt])

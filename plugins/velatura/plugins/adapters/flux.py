@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar, cast
 
@@ -71,8 +70,8 @@ class Flux(DiffusersAdapter[FluxOptions]):
                 row["source"] = self._encode_source(prompt.sources[0])
         return row
 
-    def null(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """The same with the negative prompt, where `true_cfg` asks for it.
+    def check_guided(self) -> None:
+        """Only `true_cfg` makes an unconditional branch.
 
         Raises:
             VelaturaError: guidance is asked of a network that is distilled to do without.
@@ -84,7 +83,6 @@ class Flux(DiffusersAdapter[FluxOptions]):
                 "from the adapter's `embedded_guidance`), or set the adapter's `true_cfg: true` for an unconditional "
                 "branch with `negative_prompt`, at twice the cost."
             )
-        return super().null(prompts)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
         """dx/dt [N h*w 4C] at x [N h*w 4C], t [N]."""

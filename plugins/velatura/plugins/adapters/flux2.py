@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -21,6 +20,7 @@ from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, Diffusers
 from velatura.plugins.adapters.lora import ATTENTION, unwrap
 from velatura.plugins.adapters.model_folder import one_by_one
 from velatura.plugins.adapters.pictures import from_signed, to_pil, to_signed
+from velatura.plugins.adapters.quiet import without_bars
 from velatura.plugins.adapters.sizes import Size
 
 KLEIN = "Flux2KleinPipeline"
@@ -80,15 +80,15 @@ class Flux2(DiffusersAdapter[Flux2Options]):
                 row["sources"] = torch.cat([self._encode_source(prompt, image) for image in prompt.sources])
         return row
 
-    def null(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """The same with the negative prompt.
+    def check_guided(self) -> None:
+        """Only undistilled klein models have an unconditional branch.
 
         Raises:
             VelaturaError: guidance is asked of a network that is distilled to do without.
         """
         kind = self.folder.pipeline_class
         if kind == KLEIN and not self.folder.index.get("is_distilled", False):
-            return super().null(prompts)
+            return
         why = "that is what makes it fast" if kind == KLEIN else "its scale is the adapter's `embedded_guidance`"
         raise VelaturaError(
             f"A guidance scale other than 1 was asked of {self.folder.path}, a distilled {kind}: it has no "
@@ -205,8 +205,9 @@ def _text_only(folder: Path, pipeline: str, dtype: torch.dtype) -> Any:
     import diffusers
     from transformers import AutoTokenizer
 
-    found: Any = getattr(diffusers, pipeline)
-    pipe = found.from_pretrained(folder, dtype=dtype, local_files_only=True, transformer=None, tokenizer=None)
+    with without_bars():
+        found: Any = getattr(diffusers, pipeline)
+        pipe = found.from_pretrained(folder, dtype=dtype, local_files_only=True, transformer=None, tokenizer=None)
     pipe.register_modules(tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.text_encoder, pipe.vae):

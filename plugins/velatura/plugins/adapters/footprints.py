@@ -33,11 +33,17 @@ def footprint_of(adapter: DiffusersAdapter[Any], prompt: Prompt) -> Footprint | 
     with torch.device("meta"):
         net = adapter.equipped(adapter.folder.blank("transformer", adapter.dtype))
     layout = adapter.layout(prompt)
+
+    def null(count: int) -> Any:
+        adapter.check_guided()
+        rows = adapter.collate(layout, [untold] * (count if prompt.sources else 1))
+        return rows.expand(count)  # type: ignore[attr-defined]
+
     still = adapter.without_moving(adapter.folder.blank("vae", adapter.dtype))
     return Footprint(
         net=net,
         cond=lambda count: adapter.collate(layout, [told] * count),
-        null=lambda count: adapter.collate(layout, [untold] * (count if prompt.sources else 1)).expand(count),  # type: ignore[attr-defined]
+        null=null,
         frozen=frozen,
         vae=still.pipe.vae,
         decode=lambda x: still.decode(x, prompt),

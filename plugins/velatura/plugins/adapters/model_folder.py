@@ -16,8 +16,13 @@ from torch import nn
 
 from velatura.api import Context, VelaturaError
 from velatura.plugins.adapters.processors import IMAGE_ONLY, load_processor
+from velatura.plugins.adapters.quiet import without_bars
 
 INDEX = "model_index.json"
+WANTED = (INDEX, "LICENSE*", "*/*")
+"""What is fetched from the hub: the parts, and not the one large file that often lies beside them."""
+UNWANTED = ("*.fp16.*", "*.fp16-*", "*.bin", "*.ckpt", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx*", "*.gguf")
+"""What is not: other variants and formats of the same weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +68,22 @@ class ModelFolder:
         path = self.path / part / "config.json"
         if not path.is_file():
             raise VelaturaError(f"{self.path} has no {part}: there is no {path}. Was the folder copied to the end?")
-        return cast("dict[str, Any]", json.loads(path.read_text()))
+        return _json(path)
 
     def transformer_class(self) -> Any:
         """The stock class of the transformer."""
         import diffusers
 
-        return getattr(diffusers, self.index["transformer"][1])
+        with without_bars():
+            return getattr(diffusers, self.index["transformer"][1])
 
     def transformer(self, dtype: torch.dtype) -> nn.Module:
         """The transformer with its weights."""
         self.config("transformer")
-        loaded = self.transformer_class().from_pretrained(
-            self.path, subfolder="transformer", dtype=dtype, local_files_only=True
-        )
+        with without_bars():
+            loaded = self.transformer_class().from_pretrained(
+                self.path, subfolder="transformer", dtype=dtype, local_files_only=True
+            )
         return cast("nn.Module", loaded.train(False))
 
     def facts(self) -> Facts:
@@ -98,7 +105,7 @@ class ModelFolder:
         """Part beside the transformer -> bytes of its weights in `dtype`, from the heads of its files."""
         found = {}
         for part in self.index:
-            files = [] if part == "transformer" else sorted((self.path / part).glob("*.safetensors"))
+            files = [] if part == "transformer" else _weights(self.path / part)
             if files:
                 found[part] = sum(map(_numbers, files)) * dtype.itemsize
         return found
@@ -115,7 +122,7 @@ class ModelFolder:
 
     @cached_property
     def _scheduler_config(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", json.loads((self.path / "scheduler" / "scheduler_config.json").read_text()))
+        return _json(self.path / "scheduler" / "scheduler_config.json")
 
     def pipeline(self, dtype: torch.dtype) -> Any:
         """The stock pipeline without its transformer, on the CPU."""
@@ -127,8 +134,9 @@ class ModelFolder:
                 parts[part] = None
             elif isinstance(value, list) and value[1] in IMAGE_ONLY:
                 parts[part] = load_processor(self.path / part, value[1])
-        found: Any = getattr(diffusers, self.pipeline_class)
-        pipe = found.from_pretrained(self.path, dtype=dtype, local_files_only=True, **parts)
+        with without_bars():
+            found: Any = getattr(diffusers, self.pipeline_class)
+            pipe = found.from_pretrained(self.path, dtype=dtype, local_files_only=True, **parts)
         pipe.set_progress_bar_config(disable=True)
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
@@ -136,11 +144,29 @@ class ModelFolder:
         return pipe
 
 
+def _json(path: Path) -> dict[str, Any]:
+    """What a configuration says.
+
+    Raises:
+        VelaturaError: it is not there, or cut off.
+    """
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_text()))
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise VelaturaError(f"{path} cannot be read: {error}. Was the folder copied to the end?") from error
+
+
 def one_by_one(module: nn.Module) -> None:
     """Let an autoencoder take the pictures of a batch one after the other: for several, it needs more memory than
     anything else in a round, and it is as fast."""
     if hasattr(module, "use_slicing"):
         cast("Any", module).use_slicing = True
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that stock classes read where no variant is asked for: not those of `model.fp16.safetensors`."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if "." not in file.stem.split("-")[0]] or files
 
 
 def _numbers(file: Path) -> int:
@@ -168,7 +194,7 @@ def open_folder(
             f"{path} is no model folder: it has no {INDEX} (there is: {inside or 'nothing'}). Give the folder that "
             "diffusers' save_pretrained of a whole pipeline wrote."
         )
-    index = json.loads((path / INDEX).read_text())
+    index = _json(path / INDEX)
     found = str(index.get("_class_name"))
     if found not in pipelines:
         raise VelaturaError(
@@ -200,7 +226,8 @@ def _fetch(given: str, revision: str | None, local: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(given, revision=revision))
+        found = snapshot_download(given, revision=revision, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED])
+        return Path(found)
     except HFValidationError as error:
         raise VelaturaError(f"there is no model folder {local}. Paths start at the folder of the recipe.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

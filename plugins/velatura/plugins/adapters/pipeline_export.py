@@ -13,7 +13,7 @@ from torch import nn
 
 from velatura.plugins.adapters.export_folder import MARK, replacing
 from velatura.plugins.adapters.lora import LORA_NAME, merged_state, unwrap
-from velatura.plugins.adapters.model_folder import ModelFolder
+from velatura.plugins.adapters.model_folder import INDEX, ModelFolder
 from velatura.plugins.adapters.processors import name_stock_classes
 
 
@@ -26,15 +26,26 @@ def write_pipeline(net: nn.Module, folder: Path, source: ModelFolder, info: Mapp
         VelaturaError: `folder` holds something else.
     """
     with replacing(folder) as draft:
-        shutil.copytree(source.path, draft, ignore=shutil.ignore_patterns("transformer", ".*"))
+        _copy_frozen(source, draft)
         _write_transformer(net, draft / "transformer", source)
         _write_lora(net, draft / "lora", source)
         name_stock_classes(draft)
         (draft / MARK).write_text(json.dumps(dict(info), indent=2, default=str) + "\n")
 
 
+def _copy_frozen(source: ModelFolder, folder: Path) -> None:
+    """Every part but the transformer, the index and the licence; not what else lies there, such as one file with the
+    weights of everything, which would still be the old ones."""
+    folder.mkdir(parents=True)
+    for path in source.path.iterdir():
+        if path.is_dir() and path.name in source.index and path.name != "transformer":
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns(".*"))
+        elif path.is_file() and (path.name == INDEX or path.name.upper().startswith(("LICENSE", "NOTICE"))):
+            shutil.copy(path, folder)
+
+
 def _write_transformer(net: nn.Module, folder: Path, source: ModelFolder) -> None:
-    """Merged weights, in the precision of the source."""
+    """Merged weights, in the precision of `net`."""
     with torch.device("meta"):
         plain = source.transformer_class().from_config(source.config("transformer"))
     state = {name: tensor.cpu().contiguous() for name, tensor in merged_state(net).items()}

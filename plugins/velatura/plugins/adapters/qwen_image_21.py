@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -79,6 +79,10 @@ class QwenImage21(DiffusersAdapter[QwenImage21Options]):
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
         """dx/dt [N h*w C] at x [N h*w C], t [N]."""
         return velocity(net, x, t * 1000 / 1000, cast("QwenImage21Conditioning", cond), rows)
+
+    def compiles(self, told: Mapping[str, Any]) -> bool:
+        """Not a prompt's prefix: each has its own segments, so that each would be compiled anew, for one forward."""
+        return told.get("kv_cache_mode") == "cached"
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         """[1 C h w]: a video of one frame."""

@@ -14,7 +14,7 @@ from velatura.plugins.adapters.conditioning import Row, RowsConditioning
 from velatura.plugins.adapters.diffusers_base import DiffusersOptions
 from velatura.plugins.adapters.pictures import to_pil
 from velatura.plugins.adapters.qwen_image import QwenImageLatents, encode, grid, token_velocity
-from velatura.plugins.adapters.sizes import Size, sides
+from velatura.plugins.adapters.sizes import Size, shape_of, sides
 
 
 class QwenImageEditPlusOptions(DiffusersOptions):
@@ -68,7 +68,7 @@ class QwenImageEditPlus(QwenImageLatents[QwenImageEditPlusOptions]):
         return token_velocity(net, x, t, told, rows, tuple(grid(each, self.multiple) for each in sizes))
 
     def _resized(self, image: Tensor, area: int) -> Image.Image:
-        height, width = _resized_size((image.shape[1], image.shape[2]), area)
+        height, width = _resized_size(shape_of(image), area)
         return cast("Image.Image", self.pipe.image_processor.resize(to_pil(image), height, width))
 
     def _tokens(self, source: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -9,6 +11,10 @@ import torch
 from torch import nn
 
 from velatura.api import VelaturaError
+
+VARIANTS = 24
+"""How often a kind of block may be compiled before torch gives up and runs it as it is: with and without gradients,
+with and without a mask, for one prompt and several, one point and several, and until lengths are known to differ."""
 
 
 def set_attention(net: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -41,17 +47,34 @@ def set_attention(net: nn.Module, name: str, device: torch.device, dtype: torch.
         ) from error
 
 
-def compile_blocks(net: nn.Module) -> None:
-    """Compile what is repeated in `net`, each kind of block once: as diffusers names them, else every list of modules
-    at the top."""
-    stock = cast("Any", net)
-    if getattr(stock, "_repeated_blocks", None):
-        stock.compile_repeated_blocks()
-        return
-    blocks = [block for child in net.children() if isinstance(child, nn.ModuleList) for block in child]
+def compile_blocks(net: nn.Module, compiles: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Compile what is repeated in `net`: the blocks that diffusers names, else every list of modules at the top.
+
+    `compiles` is asked at every call of a block, with its arguments by name; where it says no the block runs as it is.
+
+    Raises:
+        VelaturaError: there are no such blocks.
+    """
+    names = getattr(net, "_repeated_blocks", None) or ()
+    lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
+    named = [block for block in net.modules() if type(block).__name__ in names]
+    blocks = named if names else [block for each in lists for block in each]
     if not blocks:
         raise VelaturaError(
             f"`compile`: {type(net).__name__} names no repeated blocks and has no list of them. Leave the option out."
         )
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
     for block in blocks:
-        block.compile()
+        cast("Any", block).forward = _either(block.forward, compiles)
+
+
+def _either(plain: Callable[..., Any], compiles: Callable[[Mapping[str, Any]], bool]) -> Callable[..., Any]:
+    """A block's forward, compiled for some arguments."""
+    compiled, signature = torch.compile(plain), inspect.signature(plain)
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        told = signature.bind(*arguments, **named).arguments
+        return (compiled if compiles(told) else plain)(*arguments, **named)
+
+    return forward

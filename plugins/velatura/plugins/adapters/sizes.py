@@ -19,6 +19,11 @@ RATIOS = (1.0, 5 / 4, 3 / 2, 16 / 9, 2.0)
 """Aspect ratios of `auto`, lying and standing: nothing up to 9:4 is stretched by more than an eighth."""
 
 
+def shape_of(image: Tensor) -> Size:
+    """Height and width of `3 H W`."""
+    return image.shape[1], image.shape[2]
+
+
 def sides(area: float, ratio: float) -> tuple[int, int]:
     """Width and height of `area` and width / height `ratio`, each to the nearest multiple of 32 that is not 0."""
     width = math.sqrt(area * ratio)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from velatura.api import Conditioning, Prompt
 from velatura.plugins.adapters.conditioning import Row, RowsConditioning
-from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions, shift_of
+from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, DiffusersOptions
 from velatura.plugins.adapters.lora import unwrap
 from velatura.plugins.adapters.pictures import from_signed, to_signed
 from velatura.plugins.adapters.sizes import Size
+from velatura.plugins.adapters.times import shift_of
 
 
 class ZImageOptions(DiffusersOptions):
