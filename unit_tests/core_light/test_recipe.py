@@ -194,7 +194,7 @@ def test_missing_keys(write: Write) -> None:
     assert message(write("stages:\n  a: {stage: export}\n")) == "recipe.yaml:2: stages.a.model: this key is missing"
     assert message(write("stages:\n  a: {model: b}\n")) == (
         "recipe.yaml:2: stages.a: 'stage' is missing; it says of what kind the stage is: "
-        "curate, calibrate, rl, distill, supervised, merge, rate, judge-fit, evaluate, export"
+        "curate, calibrate, rl, distill, supervised, rate, judge-fit, evaluate, export"
     )
 
 
@@ -272,7 +272,7 @@ def test_references_to_stages_of_the_wrong_kind(pipeline: str) -> None:
     )
     assert message(pipeline, "stages.out.model=compare") == (
         "command line: stages.out.model: stage 'compare' is of kind evaluate; "
-        "a model comes from a stage of kind rl or distill or supervised or merge"
+        "a model comes from a stage of kind rl or distill or supervised"
     )
 
 
@@ -375,8 +375,7 @@ def test_the_schema_knows_every_kind_of_stage_and_both_forms_of_a_reference() ->
     schema = recipe_schema()
     definitions = schema["$defs"]
     assert set(schema["properties"]["stages"]["additionalProperties"]["discriminator"]["mapping"]) == {
-        "curate", "calibrate", "rl", "distill", "supervised", "merge", "rate", "judge-fit", "evaluate",
-        "export",
+        "curate", "calibrate", "rl", "distill", "supervised", "rate", "judge-fit", "evaluate", "export",
     }  # fmt: skip
     assert definitions["RLStage"]["required"] == ["stage"]  # the rest may come from the top
     assert definitions["DistillStage"]["required"] == ["stage", "teachers"]
@@ -416,7 +415,7 @@ def test_the_baseline_is_one_of_the_models(pipeline: str) -> None:
 def test_the_base_cannot_be_exported(pipeline: str) -> None:
     assert message(pipeline, "stages.out.model=base") == (
         "command line: stages.out.model: 'base' is what the adapter loads, untrained; a model here is a stage of kind "
-        "rl or distill or supervised or merge. There is: student, teacher."
+        "rl or distill or supervised. There is: student, teacher."
     )
 
 

@@ -28,7 +28,7 @@ from velatura.core.types import Context, Role
 LOOK = 512
 """Prompts that are looked at for their categories."""
 CAPTION, NOT_TRIED = "row: one sample at one time through the transformer", "not tried"
-WITHOUT_ROWS = ("export", "judge-fit", "merge")
+WITHOUT_ADAPTER = ("export", "judge-fit")
 """Stages whose cost is not that of the picture model."""
 LARGE = 2e9
 """Bytes at the peak above which a stage's memory is shown part by part."""
@@ -52,9 +52,6 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
             warnings += check_cards(recipe, registry, name)
         if stage.stage == "supervised":
             _check_supervised(recipe, registry, name, stage)
-        if stage.stage == "merge":
-            _check_adapters(recipe, registry, name, stage)
-            _check_one_folding(recipe, registry, name, stage)
         if stage.stage == "distill":
             _check_adapters(recipe, registry, name, stage)
             warnings += _check_guidance_of_teachers(recipe, registry, name, stage)
@@ -111,29 +108,17 @@ def _check_supervised(recipe: Recipe, registry: Registry, name: str, stage: Any)
 
 
 def _check_adapters(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
-    """Teachers and what is merged are weight sets that one network wears, so all of them are of that network."""
+    """Teachers are weight sets that the student's network wears, so all of them are of one network."""
     place = recipe.at(("stages", name, "adapter"))
     own = build(registry, "adapter", stage.adapter, place)
-    merged = stage.stage == "merge"
-    what, why = ("what is merged here", "weights are added up") if merged else ("the student", "teachers are worn")
-    for route, model in (stage.models if merged else stage.teachers).items():
-        other = build(registry, "adapter", recipe.stage(model).adapter, recipe.at(("stages", model, "adapter")))  # type: ignore[union-attr]
+    for route, teacher in stage.teachers.items():
+        other = build(registry, "adapter", recipe.stage(teacher).adapter, recipe.at(("stages", teacher, "adapter")))  # type: ignore[union-attr]
         if type(other) is not type(own) or other.options != own.options:
             raise RecipeError(
-                f"{place}: {what} has adapter {_described(own)}, but '{model}' ({route}) has {_described(other)}, and "
-                f"{why} in one network. Give both the same adapter, best at the top of the recipe."
+                f"{place}: the student has adapter {_described(own)}, but its teacher '{teacher}' ({route}) has "
+                f"{_described(other)}. A teacher's weights are worn by the student's network: give both the same "
+                f"adapter, best at the top of the recipe."
             )
-
-
-def _check_one_folding(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
-    """A student that samples without guidance and a model that needs it have no guidance in common."""
-    folded = {model: folded_scale(recipe, registry, model) for model in stage.models.values()}
-    if len(set(folded.values())) > 1:
-        told = ", ".join(f"'{model}' {scale:g}" for model, scale in folded.items())
-        raise RecipeError(
-            f"{recipe.at(('stages', name, 'models'))}: these models have different guidance folded in ({told}; 1 is "
-            f"none), so no guidance suits what they would merge to. Merge the teachers, or students of one guidance."
-        )
 
 
 def _described(component: Component[Any]) -> str:
@@ -231,7 +216,7 @@ def check(plan: Any, console: Console, world_size: int = 1) -> None:
 
 def _memory(plan: Any, placement: Placement, name: str) -> MemoryPlan | None:
     stage: Any = plan.recipe.stage(name)
-    if stage.stage in WITHOUT_ROWS:
+    if stage.stage in WITHOUT_ADAPTER:
         return None
     adapter = set_up(plan, "adapter", stage.adapter)
     try:
@@ -310,7 +295,7 @@ def _stage_table(plan: Any, memory: Mapping[str, MemoryPlan | None]) -> Table:
 def _stage_row(plan: Any, name: str, speed: Speed, memory: MemoryPlan | None) -> tuple[list[str], float]:
     stage: Any = plan.recipe.stage(name)
     needs = ", ".join(plan.recipe.dependencies(name))
-    if stage.stage in WITHOUT_ROWS:
+    if stage.stage in WITHOUT_ADAPTER:
         return [name, stage.stage, needs, str(getattr(stage, "steps", 1)), "", "", "", ""], 0.0
     adapter = set_up(plan, "adapter", stage.adapter)
     parts = work(plan.recipe, plan.registry, name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))

@@ -10,12 +10,12 @@ from velatura.core.errors import suggest
 from velatura.core.judge_settings import JudgeFitStage
 from velatura.core.kinds import Stage
 from velatura.core.reward_settings import RewardRef
-from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, MergeStage, RLStage
+from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RLStage
 from velatura.core.source import Location
 
 BASE = "base"
 """What the adapter loads: not a stage, and every model comes from it."""
-TRAINED = ("rl", "distill", "supervised", "merge")
+TRAINED = ("rl", "distill", "supervised")
 TEACHING = ("rl", "supervised")
 
 
@@ -60,9 +60,6 @@ def _models(at: Location, stage: Stage) -> Iterator[Reference]:
     if isinstance(stage, DistillStage):
         for route, target in stage.teachers.items():
             yield Reference(at=(*at, "teachers", route), target=target, kinds=TEACHING, role="a teacher")
-    if isinstance(stage, MergeStage):
-        for route, target in stage.models.items():
-            yield Reference(at=(*at, "models", route), target=target, kinds=TRAINED, role="a model")
 
 
 def _choices(at: Location, stage: Stage) -> Iterator[Reference]:

@@ -13,7 +13,6 @@ from velatura.core.settings import (
     DistillStage,
     EvaluateStage,
     ExportStage,
-    MergeStage,
     RLStage,
     SupervisedStage,
 )
@@ -24,7 +23,6 @@ Stage = Annotated[
     | RLStage
     | DistillStage
     | SupervisedStage
-    | MergeStage
     | RateStage
     | JudgeFitStage
     | EvaluateStage

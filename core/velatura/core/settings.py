@@ -268,32 +268,6 @@ class DistillStage(Settings):
         return self
 
 
-class MergeStage(Settings):
-    """Adds up what several models learned: the base plus shares of their differences to it. Nothing is trained."""
-
-    stage: Literal["merge"]
-    adapter: Ref
-    models: dict[str, str] = Field(min_length=2, description="Route (t2i, edit) -> stage whose model is merged.")
-    weights: Literal["average", "sum"] | dict[str, Real] = Field(
-        "average",
-        description="`average` counts each of n models 1/n, `sum` each whole (task arithmetic); or route -> share.",
-    )
-
-    @model_validator(mode="after")
-    def _routes_have_models(self) -> MergeStage:
-        if isinstance(self.weights, dict) and set(self.weights) != set(self.models):
-            odd = sorted(set(self.weights) ^ set(self.models))[0]
-            lacks = "'weights' has no share for it" if odd in self.models else "'models' names nobody for it"
-            raise ValueError(f"route {odd!r}: {lacks}. Give every route of 'models' one share")
-        return self
-
-    def shares(self) -> dict[str, float]:
-        """Route -> how much of what its model learned is taken."""
-        if isinstance(self.weights, dict):
-            return dict(self.weights)
-        return dict.fromkeys(self.models, 1 / len(self.models) if self.weights == "average" else 1.0)
-
-
 class SupervisedStage(Settings):
     """Learns from pictures: flow matching on what a task shows as the answer to its prompts."""
 
