@@ -27,6 +27,7 @@ from velatura.core.stages.supervised import micro_batches
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter
 from velatura.plugins.distillers.velocity_match import VelocityMatch
 from velatura.plugins.guidance.policies import TeacherOnly
+from velatura.schedulers.kernels import Ode
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -234,7 +235,7 @@ def visit(prompts: list[Prompt], numbers: list[int], of: int) -> Visit:
     chunk = Chunk(rows=rows, samples=(), latents=latents, trajectory=trajectory, network_rows=0)
     plan = StepPlan.training(torch.tensor([0, 2]), steps=3)
     times = torch.tensor([1.0, 0.6, 0.3, 0.0])
-    return Visit(chunk=chunk, prompts=prompts, numbers=numbers, times=times, plan=plan, of=of)
+    return Visit(step=0, chunk=chunk, prompts=prompts, numbers=numbers, times=times, plan=plan, of=of)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3])
@@ -243,7 +244,10 @@ def test_the_updates_of_a_distillation_step_share_its_prompts_and_weigh_routes_a
 ) -> None:
     config = SimpleNamespace(updates_per_step=updates, micro_batch=100)
     loop = SimpleNamespace(
-        stage=SimpleNamespace(config=config), streams={"t2i": 0, "edit": 0}, distiller=VelocityMatch()
+        stage=SimpleNamespace(config=config),
+        streams={"t2i": 0, "edit": 0},
+        sampler=SimpleNamespace(kernel=Ode()),
+        teacher=lambda step, prompt: f"teacher/{prompt.task}",
     )
     loop.ask = lambda *a, **k: Loop.ask(loop, *a, **k)
     draw, change = drawings(5), edits(3)

@@ -26,7 +26,7 @@ TABLE = [
     (DetachedUncond(W), dict.fromkeys(Role, 2.5)),
     (Both(W), dict.fromkeys(Role, 2.5)),
     (RolloutOnly(W), {Role.ROLLOUT: 2.5}),
-    (TeacherOnly(W), {Role.TEACHER: 2.5}),
+    (TeacherOnly(W), {Role.TEACHER: 2.5, Role.ANCHOR: 2.5}),
 ]
 
 

@@ -33,7 +33,10 @@ NEED_WEIGHTS = {
     ),
 }
 """Weights, or faces to look at. What they say is tested beside them; here only what is said of every component."""
-MAY_BE_SKIPPED = {*NEED_WEIGHTS, "function", "http", "prompts", "sft", "flow-grpo", "grpo-guard", "rwr", "cps"}
+REGULARISERS = {"anchor", "ema-kl", "kernel-kl", "norm-hinge", "velocity-kl"}
+MAY_BE_SKIPPED = {
+    *(*NEED_WEIGHTS, *REGULARISERS, "function", "http", "prompts", "sft", "flow-grpo", "grpo-guard", "rwr", "cps")
+}
 """Those, what needs a file or a server, an objective without advantages or contrast, ratios, whose points have no
 target, and a kernel that says that it keeps no marginals."""
 

@@ -31,6 +31,7 @@ from velatura.api import (
     RewardModel,
     Role,
     Scores,
+    State,
     Status,
     StepPlan,
     Task,
@@ -225,6 +226,19 @@ class Euler(Kernel[NoOptions]):
 
     def step(self, v: Any, x: Any, t: Any, t_next: Any) -> Transition:
         return Transition(mean=x + (t_next - t) * v, std=torch.zeros(()))
+
+
+@breaks("a_second_velocity_brings_a_step_nearer")
+class Hasty(Euler):
+    """Asks twice, and follows the second velocity alone."""
+
+    evaluations = 2
+
+    def midway(self, v: Any, x: Any, t: Any, t_next: Any) -> State:
+        return State(x=x + (t_next - t) * v, t=t_next)
+
+    def corrected(self, v: Any, v_midway: Any, x: Any, t: Any, t_next: Any) -> Any:
+        return x + (t_next - t) * v_midway
 
 
 @breaks("a_deterministic_kernel_follows_the_velocity")

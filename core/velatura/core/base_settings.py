@@ -63,3 +63,11 @@ class Ref(Settings):
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """For editors: both forms."""
         return {"anyOf": [{"type": "string"}, handler.resolve_ref_schema(handler(schema))]}
+
+
+class WeightedRef(Ref):
+    """Names a component and says how much its loss counts: `{use: velocity-kl, weight: 0.01}`."""
+
+    weight: NotNegative = Field(
+        1.0, description="How much it counts beside the first one, which counts 1; at 0 it is left out."
+    )

@@ -18,17 +18,18 @@ from velatura.core.components import Component, PolicyObjective
 from velatura.core.errors import RecipeError, VelaturaError, suggest
 from velatura.core.estimate import Speed, work
 from velatura.core.folding import folded_scale, guidance_scale
+from velatura.core.learning_checks import check_distillation, check_learning, check_merged_guidance, objective_at
 from velatura.core.memory import CPU, PHASES, MemoryPlan
 from velatura.core.placement import Placement, advice, readable
 from velatura.core.recipe import Recipe, Ref
 from velatura.core.registry import Registry
-from velatura.core.step_checks import check_noise, check_timesteps
-from velatura.core.types import Context, Role
+from velatura.core.step_checks import check_timesteps
+from velatura.core.types import Context, Prompt, Role
 
 LOOK = 512
 """Prompts that are looked at for their categories."""
 CAPTION, NOT_TRIED = "row: one sample at one time through the transformer", "not tried"
-WITHOUT_ADAPTER = ("export", "judge-fit")
+WITHOUT_ADAPTER = ("export", "judge-fit", "merge")
 """Stages whose cost is not that of the picture model."""
 LARGE = 2e9
 """Bytes at the peak above which a stage's memory is shown part by part."""
@@ -49,11 +50,16 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
             check_timesteps(recipe, registry, name, stage)
         if stage.stage == "rl":
             _check_rl(recipe, registry, name, stage)
+            _check_adapters(recipe, registry, name, stage)
             warnings += check_cards(recipe, registry, name)
         if stage.stage == "supervised":
             _check_supervised(recipe, registry, name, stage)
         if stage.stage == "distill":
+            check_distillation(recipe, registry, name, lambda ref: _first_prompts(recipe, registry, ref))
             _check_adapters(recipe, registry, name, stage)
+        if stage.stage == "merge":
+            _check_adapters(recipe, registry, name, stage)
+            check_merged_guidance(recipe, registry, name)
             warnings += _check_guidance_of_teachers(recipe, registry, name, stage)
         if stage.stage in ("rl", "curate", "calibrate", "distill", "rate"):
             warnings += _check_folded_start(recipe, registry, name, stage)
@@ -76,13 +82,13 @@ def _check_optimizer(recipe: Recipe, name: str, stage: Any) -> None:
 
 def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
     place = recipe.at(("stages", name, "objective"))
-    objective: PolicyObjective[Any] = build(registry, "objective", stage.objective, place)  # type: ignore[assignment]
+    objective = objective_at(recipe, registry, name)
     if not objective.requires.advantage or Role.TEACHER in objective.roles():
         raise RecipeError(
             f"{place}: objective '{objective.name}' {_not_for_rewards(objective)}, so it does not go into a stage of "
             f"kind rl. Use one that learns from rewards, such as 'nft'."
         )
-    check_noise(recipe, registry, name, stage, objective)
+    check_learning(recipe, registry, name, objective)
     if stage.weights_from is None and not any(
         ref.weight > 0 or any(w > 0 for w in ref.weight_by_category.values()) for ref in stage.rewards
     ):
@@ -108,17 +114,39 @@ def _check_supervised(recipe: Recipe, registry: Registry, name: str, stage: Any)
 
 
 def _check_adapters(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
-    """Teachers are weight sets that the student's network wears, so all of them are of one network."""
+    """Teachers, anchors and what is merged are weight sets that one network wears, so all of them are of one."""
     place = recipe.at(("stages", name, "adapter"))
     own = build(registry, "adapter", stage.adapter, place)
-    for route, teacher in stage.teachers.items():
+    for route, teacher in _models_worn(stage):
         other = build(registry, "adapter", recipe.stage(teacher).adapter, recipe.at(("stages", teacher, "adapter")))  # type: ignore[union-attr]
         if type(other) is not type(own) or other.options != own.options:
             raise RecipeError(
-                f"{place}: the student has adapter {_described(own)}, but its teacher '{teacher}' ({route}) has "
+                f"{place}: the student has adapter {_described(own)}, but its {route.format(name=teacher)} has "
                 f"{_described(other)}. A teacher's weights are worn by the student's network: give both the same "
                 f"adapter, best at the top of the recipe."
+                if stage.stage == "distill"
+                else f"{place}: {_described(own)} is another adapter than {_described(other)} of its "
+                f"{route.format(name=teacher)}. One network wears the weights of both: give them the same adapter, "
+                f"best at the top of the recipe."
             )
+
+
+def _models_worn(stage: Any) -> list[tuple[str, str]]:
+    """What a stage's network wears of other stages: how it is called, and the stage."""
+    found = []
+    if stage.stage == "distill":
+        found += [(f"teacher '{{name}}' ({route})", name) for route, own in stage.mixtures.items() for name in own]
+    if stage.stage == "merge":
+        found += [("model '{name}'", name) for name in stage.models]
+    if getattr(stage, "anchor", None) is not None:
+        found.append(("anchor '{name}'", stage.anchor))
+    return found
+
+
+def _first_prompts(recipe: Recipe, registry: Registry, ref: Ref) -> list[Prompt]:
+    """The first prompts of a task."""
+    task: Any = ready(recipe, registry, "task", ref)
+    return list(islice(task.prompts("train"), LOOK))
 
 
 def _described(component: Component[Any]) -> str:
@@ -131,8 +159,8 @@ def _check_guidance_of_teachers(recipe: Recipe, registry: Registry, name: str, s
     """A teacher is best asked at the guidance it was trained under."""
     asked = guidance_scale(registry, stage.guidance, Role.TEACHER, f"stages.{name}.guidance")
     warnings = []
-    for route, teacher in stage.teachers.items():
-        config = recipe.stage(teacher)
+    for route, teacher in [(route, teacher) for route, own in stage.mixtures.items() for teacher in own]:
+        config: Any = recipe.stage(teacher)
         if config.stage != "rl":
             continue
         trained = guidance_scale(registry, config.guidance, Role.ROLLOUT, f"stages.{teacher}.guidance")

@@ -6,24 +6,15 @@ This module imports no torch, so that names, options and documentation can be re
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    Protocol,
-    Self,
-    TypeVar,
-    get_args,
-    get_origin,
-    runtime_checkable,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from velatura.core.component import Component as Component
+from velatura.core.component import NoOptions as NoOptions
+from velatura.core.component import O as O
+from velatura.core.component import Options as Options
 
 if TYPE_CHECKING:
     import torch
@@ -45,55 +36,11 @@ if TYPE_CHECKING:
         Role,
         Sample,
         Scores,
+        State,
         StepPlan,
         Transition,
         Usage,
     )
-
-
-class Options(BaseModel):
-    """Options of a component: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class NoOptions(Options):
-    """For components that have nothing to set."""
-
-
-O = TypeVar("O", bound=Options)  # noqa: E741
-
-
-class Component(ABC, Generic[O]):
-    """The frame of every contract: a kind, a name, typed options, and a `setup` before first use."""
-
-    kind: ClassVar[str]
-    """Set by the contract."""
-    name: ClassVar[str]
-    """How a recipe names it: lower case, words joined by '-'."""
-    options_class: ClassVar[type[Options]] = NoOptions
-    """Read off the type parameter."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for base in getattr(cls, "__orig_bases__", ()):
-            origin = get_origin(base)
-            if isinstance(origin, type) and issubclass(origin, Component):
-                for argument in get_args(base):
-                    if isinstance(argument, type) and issubclass(argument, Options):
-                        cls.options_class = argument
-
-    def __init__(self, options: O | None = None) -> None:
-        self.options: O = options if options is not None else self.options_class()  # type: ignore[assignment]
-
-    def setup(self, context: Context) -> None:
-        """Load weights, open clients: once per process, before first use. Making a component costs nothing."""
-
-    @classmethod
-    def example(cls) -> Self:
-        """One that can be tried anywhere, for `velatura.testing`: small, on a CPU, without downloads. Write your own
-        where the default options need weights, a file or a server."""
-        return cls()
 
 
 class RewardModel(Component[O]):
@@ -192,11 +139,21 @@ class Kernel(Component[O]):
     stochastic: ClassVar[bool] = False
     keeps_marginals: ClassVar[bool] = True
     """Whether small steps take x_t to x_{t_next} in distribution, whatever the data."""
+    evaluations: ClassVar[int] = 1
+    """Velocities that a step asks for: 2 for a kernel with a `midway`, which is deterministic."""
 
     @abstractmethod
     def step(self, v: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Transition:
         """Mean and std of x_{t_next} given x_t [B ...], velocity [B ...] and times, [] or shaped to broadcast against
         x; std 0 is the ODE. A step on which the plan draws no noise is the Euler step of the ODE instead."""
+
+    def midway(self, v: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> State | None:
+        """Where a second velocity is to be taken, from that at x; None, by default, where one is enough."""
+        return None
+
+    def corrected(self, v: Tensor, v_midway: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """x_{t_next} [B ...] from the velocities at x and at `midway`; `step` is what it is without the second."""
+        return self.step(v, x, t, t_next).mean
 
     def log_prob(self, x: Tensor, transition: Transition) -> Tensor:
         """[B] log-density of x [B ...] under a transition, the *mean* over latent dimensions; NaN where std is 0.
@@ -263,8 +220,8 @@ class PolicyObjective(Component[O]):
     """A loss in velocities. Holds no model, runs no loop."""
 
     kind: ClassVar[str] = "objective"
-    requires: ClassVar[Requirements]
-    """What the core must provide."""
+    requires: Requirements
+    """What the core must provide; stands on the class."""
 
     @abstractmethod
     def loss(self, points: Points, velocity: Mapping[Role, Tensor]) -> Loss:
@@ -275,7 +232,11 @@ class PolicyObjective(Component[O]):
         return self.requires.roles
 
     def old_decay(self, step: int) -> float:
-        """How much of the old policy survives after optimiser step `step`: old <- d old + (1 - d) current."""
+        """How much of the old policy survives after round `step`: old <- d old + (1 - d) current."""
+        return 0.0
+
+    def ema_decay(self, step: int) -> float:
+        """The same of EMA, an average that no samples are drawn from."""
         return 0.0
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from statistics import median
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from velatura.core.build import build
-from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective, TimestepSampler
+from velatura.core.components import GuidancePolicy, Kernel, ModelAdapter, TimestepSampler
 from velatura.core.folding import folded_scale
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
 from velatura.core.routes import LOOK, Look, routes_of_models
 from velatura.core.seeds import generator
+from velatura.core.summed import objective_of
 from velatura.core.types import Prompt, Role
 
 TRIED = 128
@@ -96,7 +97,7 @@ def _evaluation(
         for route in routes:
             samples = _counted(prompts[route], stage.max_prompts) * stage.seeds_per_prompt
             for prompt, part in _kinds(prompts[route], samples):
-                times = adapter.times(stage.sampling.steps, prompt)[:-1]
+                times = _asked(registry, stage, adapter.times(stage.sampling.steps, prompt))
                 each = _per_sample(_guidance(registry, stage), Role.ROLLOUT, times) if guided else len(times)
                 found.append(Work(prompt=prompt, samples=part, rows=Rows(forward=part * each)))
     return found
@@ -130,24 +131,34 @@ def _per_sample(guidance: GuidancePolicy[Any], role: Role, times: Tensor) -> int
     return int((1 + (guidance.scale(role, times) != 1).long()).sum())
 
 
+def _asked(registry: Registry, stage: Any, times: Tensor) -> Tensor:
+    """The times at which a rollout asks for a velocity: those of the grid, and where a solver asks twice, some more."""
+    kernel: Kernel[Any] = build(registry, "kernel", stage.kernel)  # type: ignore[assignment]
+    zeros, asked = torch.zeros(1), list(times[:-1])
+    for t, t_next in pairwise(times):
+        midway = kernel.midway(zeros, zeros, t, t_next)
+        asked += [] if midway is None else [midway.t]
+    return torch.stack(asked)
+
+
 def _rows(registry: Registry, stage: Any, adapter: ModelAdapter[Any], prompt: Prompt, samples: int) -> Rows:
     """Rows of `samples` samples of a stage that trains or curates."""
     if stage.stage == "supervised":
         return Rows(gradient=samples * stage.points)
     guidance, times = _guidance(registry, stage), adapter.times(stage.sampling.steps, prompt)
     if stage.stage in ("curate", "calibrate", "rate"):
-        return Rows(forward=samples * _per_sample(guidance, Role.ROLLOUT, times[:-1]))
+        return Rows(forward=samples * _per_sample(guidance, Role.ROLLOUT, _asked(registry, stage, times)))
     timesteps: TimestepSampler[Any] = build(registry, "timesteps", stage.timesteps)  # type: ignore[assignment]
     trained = len(timesteps.plan(times, generator(0)).train)
-    slot, role = ("objective", Role.ROLLOUT) if stage.stage == "rl" else ("distiller", Role.CURRENT)
-    objective: PolicyObjective[Any] = build(registry, slot, getattr(stage, slot))  # type: ignore[assignment]
+    role = Role.ROLLOUT if stage.stage == "rl" else Role.CURRENT
+    objective = objective_of(stage, lambda kind, ref, _: build(registry, kind, ref))
 
     def per_point(role: Role) -> int:
         return 2 if bool((guidance.scale(role, times[:-1]) != 1).any()) else 1
 
     frozen = sum(per_point(other) for other in objective.roles() if other is not Role.CURRENT)
     return Rows(
-        forward=samples * _per_sample(guidance, role, times[:-1]) + samples * trained * frozen,
+        forward=samples * _per_sample(guidance, role, _asked(registry, stage, times)) + samples * trained * frozen,
         gradient=samples * trained * per_point(Role.CURRENT),
     )
 

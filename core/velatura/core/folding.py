@@ -32,4 +32,6 @@ def folded_scale(recipe: Recipe, registry: Registry, model: str) -> float:
         return 1.0
     if stage.stage == "distill":
         return guidance_scale(registry, stage.guidance, Role.TEACHER, recipe.at(("stages", model, "guidance")))
+    if stage.stage == "merge":
+        return folded_scale(recipe, registry, next(iter(stage.models)))
     return folded_scale(recipe, registry, stage.init)

@@ -9,13 +9,14 @@ from velatura.core.calibrate_settings import CalibrateStage
 from velatura.core.errors import suggest
 from velatura.core.judge_settings import JudgeFitStage
 from velatura.core.kinds import Stage
+from velatura.core.merge_settings import MergeStage
 from velatura.core.reward_settings import RewardRef
 from velatura.core.settings import CurateStage, DistillStage, EvaluateStage, ExportStage, RLStage
 from velatura.core.source import Location
 
 BASE = "base"
 """What the adapter loads: not a stage, and every model comes from it."""
-TRAINED = ("rl", "distill", "supervised")
+TRAINED = ("rl", "distill", "supervised", "merge")
 TEACHING = ("rl", "supervised")
 
 
@@ -57,9 +58,21 @@ def _models(at: Location, stage: Stage) -> Iterator[Reference]:
     if isinstance(stage, EvaluateStage):
         for index, target in enumerate(stage.models):
             yield Reference(at=(*at, "models", index), target=target, kinds=TRAINED, role="a model", base=True)
+    yield from _models_worn(at, stage)
+
+
+def _models_worn(at: Location, stage: Stage) -> Iterator[Reference]:
+    """The weights that a stage wears beside its own."""
     if isinstance(stage, DistillStage):
-        for route, target in stage.teachers.items():
-            yield Reference(at=(*at, "teachers", route), target=target, kinds=TEACHING, role="a teacher")
+        for route, mixture in stage.mixtures.items():
+            for target in mixture:
+                where = (*at, "teachers", route) if len(mixture) == 1 else (*at, "teachers", route, target)
+                yield Reference(at=where, target=target, kinds=TEACHING, role="a teacher")
+    if isinstance(stage, MergeStage):
+        for target in stage.models:
+            yield Reference(at=(*at, "models", target), target=target, kinds=TRAINED, role="a model")
+    if isinstance(stage, RLStage | DistillStage) and stage.anchor is not None:
+        yield Reference(at=(*at, "anchor"), target=stage.anchor, kinds=TRAINED, role="an anchor")
 
 
 def _choices(at: Location, stage: Stage) -> Iterator[Reference]:
@@ -125,7 +138,7 @@ def dependencies(stages: Mapping[str, Stage], name: str) -> list[str]:
     stage = stages[name]
     targets = {reference.target for reference in references(name, stage)}
     if isinstance(stage, DistillStage):  # a route without prompts or a task takes those its teacher was trained on
-        for route, teacher in stage.teachers.items():
+        for route, teacher in stage.leading.items():
             origin = getattr(stages.get(teacher), "prompts", None)
             if route not in (*stage.prompts, *stage.tasks) and isinstance(origin, str):
                 targets.add(origin)

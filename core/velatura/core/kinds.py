@@ -8,6 +8,7 @@ from pydantic import Field
 
 from velatura.core.calibrate_settings import CalibrateStage
 from velatura.core.judge_settings import JudgeFitStage, RateStage
+from velatura.core.merge_settings import MergeStage
 from velatura.core.settings import (
     CurateStage,
     DistillStage,
@@ -23,6 +24,7 @@ Stage = Annotated[
     | RLStage
     | DistillStage
     | SupervisedStage
+    | MergeStage
     | RateStage
     | JudgeFitStage
     | EvaluateStage

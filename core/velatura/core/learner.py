@@ -16,10 +16,19 @@ from velatura.core.points import MicroBatch, idle
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.pulse import alive
 from velatura.core.rollout import guided_velocity
-from velatura.core.types import Conditioning, Role
+from velatura.core.types import Conditioning, Points, Role
 
-SET_OF = {Role.CURRENT: CURRENT, Role.OLD: "old", Role.REFERENCE: "reference"}
+SET_OF = {
+    Role.CURRENT: CURRENT, Role.OLD: "old", Role.REFERENCE: "reference", Role.EMA: "ema", Role.ANCHOR: "anchor"
+}  # fmt: skip
 """Role -> name of its weight set. Teachers are sets of their own: `teacher/<name>`."""
+
+FOLLOWING = (Role.OLD, Role.EMA)
+"""Roles whose weight sets follow the current one, after every round."""
+FROZEN = (Role.OLD, Role.EMA, Role.REFERENCE, Role.ANCHOR, Role.TEACHER)
+"""Roles without gradient."""
+QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
+"""Names of the parts of time for which metrics are reported; the upper end of each is part of it."""
 
 Frozen = Mapping[Role, Tensor | None]
 """Velocities [N ...] of the roles without gradient; None where it is the current one."""
@@ -30,7 +39,7 @@ Identity = tuple[int, tuple[float, ...]]
 def sets_for(objective: PolicyObjective) -> frozenset[str]:  # type: ignore[type-arg]
     """The weight sets that an objective needs beside the current weights and its teachers: for its loss or rollouts."""
     roles = objective.roles() | {objective.requires.rollout_role}
-    return frozenset(SET_OF[role] for role in roles & {Role.OLD, Role.REFERENCE})
+    return frozenset(SET_OF[role] for role in roles & {*FOLLOWING, Role.REFERENCE})
 
 
 @dataclass(slots=True)
@@ -45,6 +54,27 @@ class Tally:
     """Transformer rows with forward and backward."""
     faults: list[Fault] = field(default_factory=list)
     """What is not finite in it."""
+    timed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Metrics by quarter of the time: sums over points, weighted, and the weights' sum."""
+
+    @property
+    def reported(self) -> dict[str, float]:
+        """All metrics; those by time as weighted means."""
+        means = {name: total / weight for name, (total, weight) in self.timed.items() if weight > 0}
+        return self.metrics | means
+
+    def observe(self, name: str, values: Tensor, points: Points) -> None:
+        """Sum `values` [N] into the metrics of the quarters that `points` are in."""
+        quarter = (points.t.double() * len(QUARTERS)).ceil().long().clamp(1, len(QUARTERS)) - 1
+        weight = points.weight.double()
+        for q in sorted(set(quarter.tolist())):
+            own = quarter == q
+            total = float((weight[own] * values.detach().double()[own]).sum())
+            self._gather(f"{name}/{QUARTERS[q]}", total, float(weight[own].sum()))
+
+    def _gather(self, name: str, total: float, weight: float) -> None:
+        before = self.timed.get(name, (0.0, 0.0))
+        self.timed[name] = (before[0] + total, before[1] + weight)
 
     def add(self, name: str, value: float) -> None:
         """Sum `value` into a metric."""
@@ -54,6 +84,8 @@ class Tally:
         """Add another step's rows, and `share` of its metrics."""
         for name, value in other.metrics.items():
             self.add(name, value * share)
+        for name, (total, weight) in other.timed.items():
+            self._gather(name, total * share, weight * share)
         self.forward_rows += other.forward_rows
         self.gradient_rows += other.gradient_rows
         self.faults += other.faults
@@ -64,7 +96,9 @@ class Tally:
         total = cls()
         taken = [update for update in updates if not update.faults]
         for update in updates:
-            total.include(update if not update.faults else replace(update, metrics={}), 1 / max(1, len(taken)))
+            total.include(
+                update if not update.faults else replace(update, metrics={}, timed={}), 1 / max(1, len(taken))
+            )
         if updates:
             total.metrics["updated"] = len(taken) / len(updates)
         return total
@@ -143,7 +177,16 @@ class Learner:
         share = float(batch.points.weight.sum())
         for name, value in loss.metrics.items():
             tally.add(name, float(value) * share)
+        for name, values in loss.by_time.items():
+            tally.observe(name, values, batch.points)
+
         return found
+
+    def follow(self, step: int) -> None:
+        """After round `step`: the weight sets that follow the current one, each at its own pace."""
+        for role, decay in ((Role.OLD, self.objective.old_decay), (Role.EMA, self.objective.ema_decay)):
+            if SET_OF[role] in self.policy.sets:
+                self.policy.follow(SET_OF[role], decay(step))
 
     def velocities(self, batch: MicroBatch, tally: Tally, frozen: Frozen | None = None) -> dict[Role, Tensor]:
         """[N ...] per role, of which only CURRENT has a gradient; the others are `frozen`, where they are known."""
@@ -161,7 +204,7 @@ class Learner:
         Weight set by weight set, each brought once; equal weights under equal guidance are evaluated once.
         """
         needed = self.objective.roles()
-        roles: list[Role] = [role for role in (Role.OLD, Role.REFERENCE, Role.TEACHER) if role in needed]
+        roles: list[Role] = [role for role in FROZEN if role in needed]
         asked = [{role: self._identity(role, self._set(role, batch), batch) for role in roles} for batch in batches]
         known: list[dict[Identity, Tensor | None]] = [
             {self._identity(Role.CURRENT, CURRENT, batch): None} for batch in batches
@@ -186,6 +229,11 @@ class Learner:
         if name is None:
             raise ValueError("an objective asked for a teacher, but the stage has none")
         return name
+
+    def current_velocity(self, batch: MicroBatch, name: str = CURRENT) -> Tensor:
+        """[N ...] of the weight set `name` under the guidance of CURRENT, without gradient."""
+        with self.policy.wearing(name) as net:
+            return self._velocity(net, batch, self.encoder.cond(batch.prompts), Role.CURRENT)[0]
 
     def teacher_velocity(self, batch: MicroBatch) -> Tensor:
         """[N ...] of the batch's teacher alone, under its guidance."""

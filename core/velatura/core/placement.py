@@ -12,7 +12,7 @@ import torch
 from velatura.core.build import build
 from velatura.core.components import GuidancePolicy, ModelAdapter, PolicyObjective, TimestepSampler
 from velatura.core.footprint import Batch, Rehearsal
-from velatura.core.learner import SET_OF, sets_for
+from velatura.core.learner import FOLLOWING, SET_OF, sets_for
 from velatura.core.memory import (
     CPU,
     FP32,
@@ -34,6 +34,7 @@ from velatura.core.routes import LOOK, Look
 from velatura.core.seeds import generator
 from velatura.core.stages.evaluate import BLOCK
 from velatura.core.stages.showcase import PROMPTS, SEEDS
+from velatura.core.summed import objective_of
 from velatura.core.types import Prompt, Role
 
 FROZEN = {"vae": "autoencoder"}
@@ -134,16 +135,16 @@ class _Stage:
             return [Part(name="transformer weights", size=rehearsal.weights)]
         parts = engine_parts(rehearsal.net, rehearsal.weights, self.place.sharding, stage.optimizer.kind)
         trained = sum(rehearsal.trained.values())
-        teachers = list(getattr(stage, "teachers", {}))
+        teachers = list(stage.weight_sets) if stage.stage == "distill" else []
+        teachers += ["anchor"] if getattr(stage, "anchor", None) else []
         return parts + set_parts(trained, rehearsal.loaded, self._kept(), teachers, whole=Policy(rehearsal.net).whole)
 
     def _kept(self) -> Mapping[str, bool]:
         """Weight sets beside the current one and the teachers, and whether they follow it."""
         if self.stage.stage == "supervised":
             return {"ema": True} if self.stage.ema else {}
-        if self.stage.stage == "distill":
-            return {}
-        return {name: name == SET_OF[Role.OLD] for name in sorted(sets_for(self._objective()))}
+        following = {SET_OF[role] for role in FOLLOWING}
+        return {name: name in following for name in sorted(sets_for(self._objective()))}
 
     def _frozen(self) -> list[Part]:
         """Encoders and autoencoder."""
@@ -190,9 +191,7 @@ class _Stage:
         return size
 
     def _objective(self) -> PolicyObjective[Any]:
-        slot = "distiller" if self.stage.stage == "distill" else "objective"
-        found: PolicyObjective[Any] = place_build(self.place, slot, getattr(self.stage, slot))
-        return found
+        return objective_of(self.stage, lambda kind, ref, _: place_build(self.place, kind, ref))
 
     def _update(self) -> int:
         objective, batch = self._objective(), self._micro_batch()

@@ -68,6 +68,10 @@ class Policy:
         }
         self._version[name] = next(self._clock)
 
+    def forget(self, name: str) -> None:
+        """Keep the set `name` no longer."""
+        del self.sets[name], self._version[name]
+
     def _home(self, weight: Tensor) -> torch.device:
         """Where a set waits."""
         return torch.device("cpu") if self.whole else weight.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,9 @@ from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive
 from velatura.core.types import Prompt, Role
 
+PROBE = "probe"
+"""The weight set of the start, while its probe is made."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
@@ -22,6 +25,17 @@ class Probe:
     route: str
     batches: tuple[MicroBatch, ...]
     targets: tuple[Tensor, ...]
+
+    def drift(self, learner: Learner) -> dict[str, float]:
+        """How far the current policy is from that of the targets: `probe/kl`, the mean squared difference of their
+        velocities, and `probe/norm_ratio`, the size of its velocity over theirs."""
+        squares, own, other, count = 0.0, 0.0, 0.0, 0
+        for batch, target in zip(self.batches, self.targets, strict=True):
+            v = learner.current_velocity(batch).float()
+            squares += float((v - target.float()).square().sum())
+            own, other = own + float(v.square().sum()), other + float(target.float().square().sum())
+            count += v.numel()
+        return {"probe/kl": squares / max(1, count), "probe/norm_ratio": (own / max(other, 1e-30)) ** 0.5}
 
 
 def make_probe(
@@ -39,6 +53,31 @@ def make_probe(
             targets.append(learner.teacher_velocity(batch))
             batches.append(batch)
     return Probe(route=route, batches=tuple(batches), targets=tuple(targets))
+
+
+def start_probe(
+    learner: Learner, sampler: Sampler, prompts: Sequence[Prompt], count: int, start: Mapping[str, Tensor], seed: int
+) -> Probe:
+    """States that the weights `start` visit for `count` prompts, spread over all of them, and their velocity there
+    under the guidance of the loss: how far a policy goes is read on these, whatever it draws itself."""
+    stride = max(1, len(prompts) // count)
+    chosen = [prompts[i] for i in range(0, len(prompts), stride)][:count]
+    seeds = [[derive(seed, "probe", "start", prompt.id)] for prompt in chosen]
+    policy = learner.policy
+    batches: list[MicroBatch] = []
+    targets: list[Tensor] = []
+    policy.put(PROBE, start, what="the weights that the stage starts from")
+    with policy.on_device(PROBE, learner.engine.device):
+        with policy.wearing(PROBE) as net:
+            chunks = list(rollout(net, sampler, chosen, seeds, keep_trajectory=True))
+        for chunk in chunks:
+            size = max(1, sampler.batch // max(1, sampler.steps // 2))
+            for rows in torch.split(torch.arange(len(chunk.rows)), size):
+                states = None if chunk.trajectory is None else chunk.trajectory[:, rows]
+                batches.append(_points(chunk.rows[rows].tolist(), states, chosen, sampler, PROBE))
+                targets.append(learner.current_velocity(batches[-1], PROBE))
+    policy.forget(PROBE)
+    return Probe(route="start", batches=tuple(batches), targets=tuple(targets))
 
 
 def _points(

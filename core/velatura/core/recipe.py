@@ -71,6 +71,8 @@ SLOTS = {
     "judge_model": "judge_model",
     "advantage": "advantage",
     "objective": "objective",
+    "plus": "objective",
+    "solver": "kernel",
     "distiller": "distiller",
     "prompt_filter": "prompt_filter",
     "evaluators": "evaluator",
@@ -212,7 +214,7 @@ class Recipe(Settings):
 
     def _tasks_behind(self, stage: DistillStage) -> dict[str, Ref]:
         """Route -> task of the prompts that its teacher was trained on, or that were chosen for it."""
-        origins = {route: stage.prompts.get(route, teacher) for route, teacher in stage.teachers.items()}
+        origins = {route: stage.prompts.get(route, teacher) for route, teacher in stage.leading.items()}
         return {route: task for route, origin in origins.items() if (task := self.task_of(origin))}
 
     def _all_tasks(self) -> dict[str, Ref]:

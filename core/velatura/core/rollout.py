@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Sampler:
     batch: int
     """Most transformer rows in one forward; a guided sample has two, which go through together."""
     role: Role = Role.ROLLOUT
+    solver: Kernel | None = None  # type: ignore[type-arg]
+    """Takes the steps of a kernel that draws on which nothing is drawn; Euler's step unless given."""
 
     def needs_null(self, times: Tensor) -> bool:
         """Whether any step of the grid evaluates the unconditional branch."""
@@ -119,14 +122,11 @@ def _integrate(
     x = adapter.noise([prompts[row] for row in rows.tolist()], seeds).to(next(net.parameters()).device)
     times, rows_on = times.to(x.device), rows.to(x.device)
     states, likelihoods, network_rows = [x], [], 0
+    asked = partial(_velocity, net, sampler, cond, null, rows_on)
     for k in range(sampler.steps):
         alive(f"drawing, solver step {k + 1} of {sampler.steps}")
-        t = times[k].expand(len(x))
-        v, used = guided_velocity(
-            net, adapter, sampler.guidance, x, t, cond, null, rows_on, role=sampler.role, limit=sampler.batch
-        )
+        x, log_prob, used = _advance(sampler, asked, x, times[k], times[k + 1], k, seeds, plan)
         network_rows += used
-        x, log_prob = _advance(sampler.kernel, v, x, times[k], times[k + 1], k, seeds, plan)
         if keep_trajectory:
             states.append(x)
             likelihoods.append(log_prob)
@@ -146,26 +146,59 @@ def _integrate(
     )
 
 
+def _velocity(
+    net: nn.Module, sampler: Sampler, cond: Conditioning, null: Conditioning | None, rows: Tensor, x: Tensor, t: Tensor
+) -> tuple[Tensor, int]:
+    """Velocity [B ...] of the sampler's role at one time, and the transformer rows it took."""
+    return guided_velocity(
+        net, sampler.adapter, sampler.guidance, x, t.expand(len(x)), cond, null, rows, role=sampler.role,
+        limit=sampler.batch,
+    )  # fmt: skip
+
+
 def _advance(
-    kernel: Kernel,  # type: ignore[type-arg]
-    v: Tensor,
+    sampler: Sampler,
+    asked: Callable[[Tensor, Tensor], tuple[Tensor, int]],
     x: Tensor,
     t: Tensor,
     t_next: Tensor,
     k: int,
     seeds: Sequence[int],
     plan: StepPlan | None,
-) -> tuple[Tensor, Tensor]:
-    """x at t_next, and the log-likelihood [B] of having drawn it: NaN where nothing was. Noise of a stochastic step
-    comes from the sample's own stream; a step of a stochastic kernel that is to draw none is the ODE's."""
-    drawn = kernel.stochastic and plan is not None and bool(plan.stochastic[k])
-    if not drawn:
-        mean = x + (t_next - t) * v if kernel.stochastic else kernel.step(v, x, t, t_next).mean
-        return mean, x.new_full((len(x),), torch.nan)
+) -> tuple[Tensor, Tensor, int]:
+    """x at t_next, the log-likelihood [B] of having drawn it (NaN where nothing was), and the transformer rows.
+
+    Noise of a stochastic step comes from the sample's own stream; a step of a stochastic kernel that is to draw none is
+    the ODE's.
+    """
+    kernel = sampler.kernel
+    v, used = asked(x, t)
+    if not (kernel.stochastic and plan is not None and bool(plan.stochastic[k])):
+        solver = sampler.solver if kernel.stochastic else kernel
+        x_next, more = _deterministic(solver, asked, v, x, t, t_next)
+        return x_next, x.new_full((len(x),), torch.nan), used + more
     transition = kernel.step(v, x, t, t_next)
     noise = torch.stack([torch.randn(x.shape[1:], generator=generator(seed, "kernel", k)) for seed in seeds])
     x_next = transition.mean + transition.std * noise.to(x)
-    return x_next, kernel.log_prob(x_next, transition)
+    return x_next, kernel.log_prob(x_next, transition), used
+
+
+def _deterministic(
+    solver: Kernel | None,  # type: ignore[type-arg]
+    asked: Callable[[Tensor, Tensor], tuple[Tensor, int]],
+    v: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+) -> tuple[Tensor, int]:
+    """x at t_next by a solver, Euler's where none is given, and the rows of a second velocity."""
+    if solver is None:
+        return x + (t_next - t) * v, 0
+    midway = solver.midway(v, x, t, t_next)
+    if midway is None:
+        return solver.step(v, x, t, t_next).mean, 0
+    second, used = asked(midway.x, midway.t)
+    return solver.corrected(v, second, x, t, t_next), used
 
 
 def guided_velocity(

@@ -136,7 +136,7 @@ def _check_roles(learner: Learner, batch: MicroBatch) -> None:
     current = velocity("current")
     if not bool(torch.isfinite(current).all()):
         raise SelfCheckError("the current policy's velocity is not finite before any update. Check the base weights.")
-    for role in (Role.OLD, Role.REFERENCE):
+    for role in (Role.OLD, Role.EMA, Role.REFERENCE):
         if role not in learner.objective.roles():
             continue
         gap = float((velocity(SET_OF[role]) - current).abs().max())

@@ -7,7 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from velatura.core.base_settings import Count, Decay, NotNegative, Positive, Real, Ref, Settings, Share, Whole
+from velatura.core.base_settings import (
+    Count,
+    Decay,
+    NotNegative,
+    Positive,
+    Real,
+    Ref,
+    Settings,
+    Share,
+    WeightedRef,
+    Whole,
+)
+from velatura.core.learning_settings import ANCHOR, PLUS, SOLVER, STEP_WEIGHT, StepWeight, sums_to_one
+from velatura.core.learning_settings import StepWeightName as StepWeightName
 from velatura.core.reward_settings import Recalibrate, RewardRef
 
 
@@ -94,9 +107,6 @@ def group_of(value: int, why: str) -> int:
     return value
 
 
-StepWeightName = Literal["uniform", "t", "dt", "dt2", "inv-dt", "sigma-sqrt-dt", "kl"]
-
-
 class CurateStage(Settings):
     """Finds the prompts worth learning from: those on which a model's own samples differ in quality."""
 
@@ -140,12 +150,9 @@ class RLStage(Settings):
     prompts: str | None = Field(None, description="The curate stage whose kept prompts are trained on.")
     guidance: Ref = Ref(use="rollout-only")
     kernel: Ref = Ref(use="ode")
+    solver: Ref | None = Field(None, description=SOLVER)
     timesteps: Ref = Ref(use="high-noise")
-    step_weight: StepWeightName = Field(
-        "uniform",
-        description="Weight of a trained step in the loss, its mean over them 1: of the time t, of the step size dt, "
-        "or of a kernel that draws noise, its standard deviation (`sigma-sqrt-dt`) or the factor of its KL (`kl`).",
-    )
+    step_weight: StepWeight = Field("uniform", description=STEP_WEIGHT)
     allow_biased_ratio: Annotated[bool, Field(strict=True)] = Field(
         False,
         description="Let an objective with a likelihood ratio learn from rollouts under another guidance than its "
@@ -160,6 +167,8 @@ class RLStage(Settings):
     )
     advantage: Ref = Ref(use="group-z")
     objective: Ref = Ref(use="nft")
+    plus: list[WeightedRef] = Field(default_factory=list, description=PLUS)
+    anchor: str | None = Field(None, description=ANCHOR)
     prompt_filter: Ref | None = Field(None, description="Drops prompts during training, by their own samples.")
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer()
@@ -178,6 +187,8 @@ class RLStage(Settings):
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
     max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
     max_failed: Share = Field(0.05, description="Stop when a larger share of scores failed.")
+    probe_prompts: Count = Field(8, description="Prompts whose states under the first policy measure how far it goes.")
+    probe_every: Count = Field(10, description="Steps between such measurements.")
     allow_unvalidated_reward: Annotated[bool, Field(strict=True)] = Field(
         False,
         exclude=True,  # nothing that a stage makes depends on it
@@ -212,7 +223,11 @@ class DistillStage(Settings):
 
     stage: Literal["distill"]
     adapter: Ref
-    teachers: dict[str, str] = Field(min_length=1, description="Route (t2i, edit) -> stage that trained its teacher.")
+    teachers: dict[str, str | dict[str, float]] = Field(
+        min_length=1,
+        description="Route (t2i, edit) -> stage that trained its teacher; or several with weights that sum to 1, of "
+        "which each prompt asks one at a time, as often as its weight says.",
+    )
     prompts: dict[str, str] = Field(
         default_factory=dict, description="Route -> curate stage; what the teacher was trained on, when left out."
     )
@@ -223,8 +238,12 @@ class DistillStage(Settings):
     )
     guidance: Ref = Ref(use="teacher-only")
     kernel: Ref = Ref(use="ode")
+    solver: Ref | None = Field(None, description=SOLVER)
     timesteps: Ref = Ref(use="all")
+    step_weight: StepWeight = Field("uniform", description=STEP_WEIGHT)
     distiller: Ref = Ref(use="velocity-match")
+    plus: list[WeightedRef] = Field(default_factory=list, description=PLUS)
+    anchor: str | None = Field(None, description=ANCHOR)
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer()
     observers: list[Ref] = Field(default_factory=list)
@@ -243,6 +262,42 @@ class DistillStage(Settings):
     max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
     probe_prompts: Count = Field(32, description="Held-out prompts whose states measure progress.")
     probe_every: Count = Field(10, description="Steps between such measurements.")
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _weighs_several(cls, value: Any) -> Any:
+        for route, teacher in value.items() if isinstance(value, dict) else ():
+            if isinstance(teacher, list) and teacher:
+                equal = ", ".join(f"{name}: {1 / len(teacher):.3g}" for name in teacher)
+                raise ValueError(
+                    f"{route!r} has {len(teacher)} teachers without weights. Say how often each is asked, "
+                    f"{route}: {{{equal}}}, or keep one of them"
+                )
+            if isinstance(teacher, dict):
+                sums_to_one(f"the teachers of {route!r}", teacher)
+        return value
+
+    @property
+    def mixtures(self) -> dict[str, dict[str, float]]:
+        """Route -> stage of a teacher -> how often it is asked; a single one always."""
+        return {
+            route: {teacher: 1.0} if isinstance(teacher, str) else dict(teacher)
+            for route, teacher in self.teachers.items()
+        }
+
+    @property
+    def leading(self) -> dict[str, str]:
+        """Route -> the teacher whose prompts are taken where none are named: of several, the first."""
+        return {route: next(iter(mixture)) for route, mixture in self.mixtures.items()}
+
+    @property
+    def weight_sets(self) -> dict[str, str]:
+        """Name of a teacher's weight set, less `teacher/` -> stage: the route, of several with the stage."""
+        return {
+            route if len(mixture) == 1 else f"{route}/{name}": name
+            for route, mixture in self.mixtures.items()
+            for name in mixture
+        }
 
     @model_validator(mode="after")
     def _has_time_to_learn(self) -> DistillStage:

@@ -11,6 +11,7 @@ from velatura.core.components import GuidancePolicy, Kernel, PolicyObjective, Ti
 from velatura.core.errors import RecipeError
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
+from velatura.core.seeds import generator
 from velatura.core.steps import OF_THE_NOISE
 from velatura.core.types import Role
 
@@ -46,12 +47,56 @@ def check_noise(recipe: Recipe, registry: Registry, name: str, stage: Any, objec
     if not objective.requires.stochastic_steps:
         return
     if not kernel.stochastic:
+        other = (
+            "an objective that re-noises finished samples, such as 'nft'"
+            if stage.stage == "rl"
+            else "the distiller for the ODE, 'velocity-match' (with weight: dt2 it is the distance of its steps)"
+        )
         raise RecipeError(
             f"{recipe.at(('stages', name))}: objective '{objective.name}' needs stochastic steps, but kernel "
-            f"'{kernel.name}' has none. Choose a stochastic kernel, such as 'flow-sde', or an objective that re-noises "
-            f"finished samples, such as 'nft'."
+            f"'{kernel.name}' has none. Choose a stochastic kernel, such as 'flow-sde', or {other}."
         )
-    _check_ratio(recipe, registry, name, stage, objective)
+    if stage.stage == "rl" and Role.OLD in objective.roles():
+        _check_ratio(recipe, registry, name, stage, objective)
+
+
+def check_solver(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
+    """A solver beside a kernel that draws: deterministic, with steps to take, and none of high order before a draw.
+
+    Raises:
+        RecipeError: with the nearest valid choice.
+    """
+    if stage.solver is None:
+        return
+    place = recipe.at(("stages", name, "solver"))
+    solver: Kernel[Any] = build(registry, "kernel", stage.solver, place)  # type: ignore[assignment]
+    kernel: Kernel[Any] = build(registry, "kernel", stage.kernel, place)  # type: ignore[assignment]
+    if solver.stochastic:
+        raise RecipeError(f"{place}: '{solver.name}' draws noise, and a solver takes the steps on which none is drawn. "
+                          f"Use 'ode', 'heun' or 'dpm2', or name it as the kernel.")  # fmt: skip
+    if not kernel.stochastic:
+        raise RecipeError(f"{place}: kernel '{kernel.name}' draws no noise, so it takes every step itself. Name "
+                          f"'{solver.name}' as the kernel, and leave the solver out.")  # fmt: skip
+    late = _draws_late(recipe, registry, name, stage) if solver.evaluations > 1 else None
+    if late is not None:
+        raise RecipeError(
+            f"{place}: '{solver.name}' is of higher order, and in round {late[0]} step {late[1]} draws noise behind "
+            f"steps that do not: what is trained there would start from states that another sampler reached. Take "
+            f"solver 'ode', or timesteps that draw from the first step on, such as {{use: window, with: "
+            f"{{place: fixed, start: 0}}}}."
+        )
+
+
+def _draws_late(recipe: Recipe, registry: Registry, name: str, stage: Any) -> tuple[int, int] | None:
+    """The first round, and the step in it, that draws noise after one that does not; None where there is none."""
+    timesteps: TimestepSampler[Any] = build(registry, "timesteps", stage.timesteps)  # type: ignore[assignment]
+    grid = torch.linspace(1, 0, stage.sampling.steps + 1)
+    for step in range(stage.steps):
+        draws = timesteps.plan_at(step, grid, generator(recipe.seed, "plan", step)).stochastic.tolist()
+        quiet = draws.index(False) if False in draws else len(draws)
+        if True in draws[quiet:]:
+            return step, draws.index(True, quiet)
+    return None
 
 
 def _check_ratio(recipe: Recipe, registry: Registry, name: str, stage: Any, objective: PolicyObjective[Any]) -> None:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from velatura.core.errors import VelaturaError
-
-if TYPE_CHECKING:
-    from velatura.core.components import Kernel
+from velatura.core.learning_types import Loss as Loss
+from velatura.core.learning_types import Points as Points
+from velatura.core.learning_types import Requirements as Requirements
+from velatura.core.learning_types import Role as Role
 
 
 class Status(IntEnum):
@@ -31,16 +32,6 @@ class Status(IntEnum):
     FAILED = 1
     REFUSED = 2
     NOT_APPLICABLE = 3
-
-
-class Role(StrEnum):
-    """Whose weights answer, and under which guidance."""
-
-    ROLLOUT = "rollout"
-    CURRENT = "current"
-    OLD = "old"
-    REFERENCE = "reference"
-    TEACHER = "teacher"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +162,16 @@ class Transition:
     mean: Tensor
     std: Tensor
     """Broadcasts against the mean; 0 is a deterministic step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """A state of the sampler and its time."""
+
+    x: Tensor
+    """[B ...]."""
+    t: Tensor
+    """[], or shaped to broadcast against x."""
 
 
 class Conditioning:
@@ -316,62 +317,6 @@ class Advantages:
     def of(self, rows: Tensor) -> Advantages:
         """Those of the samples at `rows` [B']."""
         return replace(self, values=self.values[rows], valid=self.valid[rows])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Points:
-    """N states at which velocities are compared."""
-
-    x: Tensor
-    """[N ...] x_t."""
-    t: Tensor
-    """[N]."""
-    advantage: Tensor
-    """[N]; 0 where the objective needs none."""
-    weight: Tensor
-    """[N] weight of the point in the loss; weights sum to the share of the batch in this micro-batch."""
-    x0: Tensor | None = None
-    """[N ...] the clean latents, for forward-process points."""
-    target: Tensor | None = None
-    """[N ...] u = eps - x_0, for forward-process points."""
-    x_next: Tensor | None = None
-    """[N ...] the next visited state, for trajectory points."""
-    t_next: Tensor | None = None
-    """[N]."""
-    kernel: Kernel[Any] | None = None
-    """What drew x_next, for trajectory points."""
-    log_prob: Tensor | None = None
-    """[N] log-likelihood of x_next when it was drawn; NaN where nothing was."""
-    group: Tensor | None = None
-    """[N] int64: row of the prompt."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Requirements:
-    """What an objective needs; compared with the other slots before anything runs."""
-
-    points: Literal["forward", "trajectory"] = "forward"
-    """`forward`: re-noised clean latents; `trajectory`: states visited by the rollout."""
-    roles: frozenset[Role] = frozenset({Role.CURRENT})
-    """Velocities handed to `loss`."""
-    rollout_role: Role = Role.CURRENT
-    """Whose weights make the samples."""
-    advantage: bool = True
-    """Needs rewards."""
-    stochastic_steps: bool = False
-    """Needs a kernel that draws noise, and is trained only on steps that did."""
-    contrast: bool = True
-    """A sample as good as its group gives no gradient; the self-check holds the objective to it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loss:
-    """A scalar to go down, and the numbers a practitioner looks at."""
-
-    value: Tensor
-    """[] the weighted sum over points (`Points.weight`)."""
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Scalars without gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

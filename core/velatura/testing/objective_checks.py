@@ -22,7 +22,9 @@ def _points(needs: Requirements, times: tuple[float, ...] = TIMES) -> Points:
     """States as the core hands them over: re-noised latents, or visited states."""
     draw = torch.Generator().manual_seed(6)
     x0, noise = torch.randn(2, COUNT, *SHAPE, generator=draw)
-    t = torch.tensor(times)
+    t, first = torch.tensor(times), torch.tensor([0, 0, 0, 3, 3, 3])
+    if needs.shared_noise:  # as the core re-noises a group
+        t, noise = t[first], noise[first]
     share = t[:, None, None]
     common: dict[str, Any] = {
         "x": (1 - share) * x0 + share * noise,
@@ -31,7 +33,7 @@ def _points(needs: Requirements, times: tuple[float, ...] = TIMES) -> Points:
         "weight": torch.tensor([0.1, 0.2, 0.1, 0.3, 0.1, 0.2]),
         "group": torch.tensor([0, 0, 0, 1, 1, 1]),
     }
-    if needs.points == "forward":
+    if needs.points != "trajectory":
         return Points(**common, x0=x0, target=noise - x0)
     t_next = (t - 0.1).clamp_min(0)
     if not needs.stochastic_steps:
@@ -64,12 +66,12 @@ def _velocities(objective: PolicyObjective[Any], points: Points, *, equal: bool)
     return found
 
 
-def _row(points: Points, n: int) -> Points:
+def _rows(points: Points, n: int, size: int) -> Points:
     names = ("x", "t", "advantage", "weight", "x0", "target", "x_next", "t_next", "log_prob", "group")
     row: dict[str, Any] = {}
     for name in names:
         value = getattr(points, name)
-        row[name] = None if value is None else value[n : n + 1]
+        row[name] = None if value is None else value[n : n + size]
     return Points(**row, kernel=points.kernel)
 
 
@@ -125,16 +127,19 @@ def only_the_current_policy_gets_a_gradient(subject: Subject) -> None:
 @check("objective")
 @check("distiller")
 def losses_of_micro_batches_add_up(subject: Subject) -> None:
-    """The loss of N points is the sum of the losses of each: micro-batches and ranks must not change a step."""
+    """The loss of N points is the sum of the losses of each, or of each group, where the objective compares whole ones:
+    micro-batches and ranks must not change a step."""
     objective = subject.ready()
     points = _points(objective.requires)
     velocity = _velocities(objective, points, equal=False)
     whole = _lost(objective, points, velocity).value
+    size = COUNT // 2 if objective.requires.whole_group else 1
     parts = [
-        _lost(objective, _row(points, n), {role: v[n : n + 1] for role, v in velocity.items()}).value
-        for n in range(COUNT)
+        _lost(objective, _rows(points, n, size), {role: v[n : n + size] for role, v in velocity.items()}).value
+        for n in range(0, COUNT, size)
     ]
-    require_close(torch.stack(parts).sum(), whole, "the losses of single points do not sum to that of all of them")
+    what = "groups" if objective.requires.whole_group else "points"
+    require_close(torch.stack(parts).sum(), whole, f"the losses of single {what} do not sum to that of all of them")
 
 
 @check("objective")
@@ -177,7 +182,7 @@ def zero_advantage_gives_no_gradient(subject: Subject) -> None:
 def better_samples_attract_and_worse_ones_repel(subject: Subject) -> None:
     """On-policy, a positive advantage pulls the velocity towards that of its sample, a negative one pushes it away."""
     objective = _with_advantage(subject)
-    if objective.requires.points != "forward":
+    if objective.requires.points == "trajectory":
         raise NotChecked("its points are visited states, of which this check knows no target")
     points = _points(objective.requires)
     velocity = _velocities(objective, points, equal=True)

@@ -51,8 +51,13 @@ def _flow(t: Tensor, *, spread: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     share = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     variance = (1 - t).square() * spread**2 + t.square()
     x = (1 - t) + variance.sqrt() * torch.special.ndtri(share)
-    slope = (t - (1 - t) * spread**2) / variance
-    return x.float(), (slope * (x - (1 - t)) - 1).float(), variance
+    return x.float(), _exact(x, t, spread=spread).float(), variance
+
+
+def _exact(x: Tensor, t: Tensor, *, spread: float = 0.5) -> Tensor:
+    """E[eps - x_0 | x_t] [N] of data N(1, spread^2)."""
+    variance = (1 - t).square() * spread**2 + t.square()
+    return (t - (1 - t) * spread**2) / variance * (x - (1 - t)) - 1
 
 
 @check("kernel")
@@ -95,6 +100,30 @@ def marginals_are_kept(subject: Subject) -> None:
             f"at t = {time} the variance changes by {spread:.3f} per time instead of {wanted:.3f}: the drift does not "
             f"make up for the noise",
         )
+
+
+@check("kernel")
+def a_second_velocity_brings_a_step_nearer(subject: Subject) -> None:
+    """Of a kernel that asks twice: on the exact flow of Gaussian data, whose solution is known, `corrected` ends nearer
+    to it than Euler's step, and the last step, to t = 0, is finite."""
+    kernel = subject.ready()
+    if kernel.evaluations == 1:
+        return
+    for time, gap in ((0.9, 0.2), (0.6, 0.2), (0.4, 0.1)):
+        t, t_next = torch.tensor(time, dtype=torch.float64), torch.tensor(time - gap, dtype=torch.float64)
+        x, v, before = _flow(t)
+        exact = (1 - t_next) + (x.double() - (1 - t)) * (_flow(t_next)[2] / before).sqrt()
+        midway = kernel.midway(v, x, t.float(), t_next.float())
+        require(midway is not None, f"`evaluations` is {kernel.evaluations}, but `midway` is None at t = {time}")
+        second = _exact(midway.x.double(), torch.as_tensor(midway.t).double()).float()
+        reached = kernel.corrected(v, second, x, t.float(), t_next.float())
+        errors = [float((y.double() - exact).abs().max()) for y in (reached, kernel.step(v, x, t, t_next).mean)]
+        require(errors[0] < errors[1] / 2, f"from t = {time} it ends {errors[0]:.2e} off, Euler's step {errors[1]:.2e}")
+    x, v, _ = _flow(torch.tensor(0.1, dtype=torch.float64))
+    ends = torch.tensor(0.1), torch.tensor(0.0)
+    midway = kernel.midway(v, x, *ends)
+    last = kernel.step(v, x, *ends).mean if midway is None else kernel.corrected(v, v, x, *ends)
+    require_finite(last, "the last step")
 
 
 @check("kernel")

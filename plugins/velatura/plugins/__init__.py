@@ -48,19 +48,29 @@ def velatura_guidance() -> Sequence[str]:
 def velatura_objective() -> Sequence[str]:
     """Losses in velocities."""
     return [
+        "anchor = velatura.plugins.objectives.regularisers:Anchor",
         "awm = velatura.plugins.objectives.awm:AWM",
+        "dgpo = velatura.plugins.objectives.dgpo:DGPO",
+        "ema-kl = velatura.plugins.objectives.regularisers:EmaKL",
         "flow-grpo = velatura.plugins.objectives.flow_grpo:FlowGRPO",
         "grpo-guard = velatura.plugins.objectives.grpo_guard:GRPOGuard",
+        "kernel-kl = velatura.plugins.objectives.regularisers:KernelKL",
         "nft = velatura.plugins.objectives.nft:NFT",
+        "norm-hinge = velatura.plugins.objectives.regularisers:NormHinge",
         "rwr = velatura.plugins.objectives.rwr:RWR",
         "sft = velatura.plugins.objectives.sft:SFT",
+        "velocity-kl = velatura.plugins.objectives.regularisers:VelocityKL",
     ]
 
 
 @hookimpl
 def velatura_distiller() -> Sequence[str]:
     """Losses whose target is a teacher."""
-    return ["velocity-match = velatura.plugins.distillers.velocity_match:VelocityMatch"]
+    return [
+        "opd-kl = velatura.plugins.distillers.step_match:OPDKL",
+        "opd-pg = velatura.plugins.distillers.step_match:OPDPG",
+        "velocity-match = velatura.plugins.distillers.velocity_match:VelocityMatch",
+    ]
 
 
 @hookimpl

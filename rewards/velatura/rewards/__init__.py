@@ -47,6 +47,8 @@ def velatura_reward() -> Sequence[str]:
 def velatura_advantage() -> Sequence[str]:
     """From scores to how much better than its group a sample is."""
     return [
+        "gdpo = velatura.rewards.batch_std:Gdpo",
+        "group-mean-global-std = velatura.rewards.batch_std:GroupMeanGlobalStd",
         "group-z = velatura.rewards.advantages:GroupZ",
         "pooled-std = velatura.rewards.reliability:PooledStd",
         "rank-normal = velatura.rewards.advantages:RankNormal",

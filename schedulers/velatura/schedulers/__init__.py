@@ -11,7 +11,9 @@ def velatura_kernel() -> Sequence[str]:
     return [
         "cps = velatura.schedulers.stochastic:Cps",
         "dance-sde = velatura.schedulers.stochastic:DanceSde",
+        "dpm2 = velatura.schedulers.kernels:Dpm2",
         "flow-sde = velatura.schedulers.stochastic:FlowSde",
+        "heun = velatura.schedulers.kernels:Heun",
         "ode = velatura.schedulers.kernels:Ode",
     ]
 
@@ -24,6 +26,7 @@ def velatura_timesteps() -> Sequence[str]:
         "beta = velatura.schedulers.densities:Beta",
         "high-noise = velatura.schedulers.timesteps:HighNoise",
         "logit-normal = velatura.schedulers.densities:LogitNormal",
+        "stratified = velatura.schedulers.timesteps:Stratified",
         "uniform = velatura.schedulers.timesteps:Uniform",
         "window = velatura.schedulers.window:Window",
     ]

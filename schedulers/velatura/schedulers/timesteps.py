@@ -44,6 +44,14 @@ class HighNoiseOptions(UniformOptions):
     floor: float = Field(0.0, ge=0, lt=1, description="Steps that start below this time are never trained on.")
 
 
+class StratifiedOptions(UniformOptions):
+    """Options of `stratified`."""
+
+    within: float = Field(
+        1.0, gt=0, le=1, description="Share of the grid, from noise on, that is trained on: 0.9 leaves out the end."
+    )
+
+
 class All(TimestepSampler[AllOptions]):
     """Every step of the grid."""
 
@@ -82,6 +90,44 @@ class HighNoise(TimestepSampler[HighNoiseOptions]):
         log_weight = self.options.power * t.detach().cpu().double()[steps].log()
         train = draw(steps, log_weight, self.options.count, generator)
         return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
+
+
+class Stratified(TimestepSampler[StratifiedOptions]):
+    """One step from each of `count` parts of the grid, side by side and of equal length, give or take a step.
+
+    Of the C steps that may be trained on, sorted, part i has those at floor(i C / M) up to floor((i + 1) C / M), M the
+    count, and one of them is drawn, all equally likely. So every round looks at all of the time, where `uniform` may
+    look at one end twice. AWM's released configuration (arXiv:2509.25050) takes 6 of 14 steps so, without the first and
+    without the last tenth: `count: 6, within: 0.9`. Step k may be trained on when k < floor(within K).
+    """
+
+    name = "stratified"
+
+    def plan(self, t: Tensor, generator: torch.Generator) -> StepPlan:
+        """`count` of the steps of the grid t [K + 1]."""
+        steps = candidates(t, self.options.drop_first, floor=0.0)
+        inside = steps[steps < self._end(len(t) - 1)]
+        if wrong := self.complaint(len(t) - 1):
+            raise VelaturaError(f"timesteps '{self.name}': {wrong}")
+        count = min(self.options.count, len(inside))
+        bounds = torch.arange(count + 1) * len(inside) // count
+        share = torch.rand(count, dtype=torch.float64, generator=generator)
+        train = inside[bounds[:-1] + (share * (bounds[1:] - bounds[:-1])).long()]
+        return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
+
+    def complaint(self, steps: int) -> str:
+        """A share of the grid in which no step is left."""
+        if self._end(steps) > int(self.options.drop_first):
+            return ""
+        return (
+            f"within {self.options.within:g} of {steps} step(s) leaves none to train on"
+            f"{' beside the first, which drop_first leaves out' if self.options.drop_first else ''}. Take a larger "
+            f"share, or more sampling.steps."
+        )
+
+    def _end(self, steps: int) -> int:
+        """One past the last step that may be trained on; the small term undoes binary rounding of the share."""
+        return int(self.options.within * steps + 1e-9)
 
 
 def candidates(t: Tensor, drop_first: bool, floor: float) -> Tensor:

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from velatura.core.build import build
 from velatura.core.checkpoint import write_text_atomic
-from velatura.core.components import Component, GuidancePolicy, ModelAdapter, Observer, RewardModel, Task
+from velatura.core.components import (
+    Component,
+    GuidancePolicy,
+    Kernel,
+    ModelAdapter,
+    Observer,
+    PolicyObjective,
+    RewardModel,
+    Task,
+)
 from velatura.core.engine import EngineConfig
 from velatura.core.errors import CheckpointError, RecipeError, Stopped
 from velatura.core.fingerprint import reward_fingerprint
@@ -34,6 +43,7 @@ from velatura.core.registry import Registry
 from velatura.core.rollout import Sampler
 from velatura.core.score_cache import FILE as SCORES
 from velatura.core.score_cache import ScoreCache
+from velatura.core.summed import objective_of
 from velatura.core.types import Context, Prompt
 from velatura.core.weight_ledger import calibrated_weights, read_calibration
 
@@ -94,8 +104,17 @@ class StageRun:
         return Sampler(
             adapter=adapter, guidance=guidance or self.build("guidance", self.config.guidance, "guidance"),
             kernel=self.build("kernel", self.config.kernel, "kernel"), steps=self.config.sampling.steps,
-            batch=self.config.sampling.batch,
+            batch=self.config.sampling.batch, solver=self.solver(),
         )  # fmt: skip
+
+    def solver(self) -> Kernel[Any] | None:
+        """What takes the steps on which nothing is drawn, where this stage names it."""
+        ref = getattr(self.config, "solver", None)
+        return self.build("kernel", ref, "solver") if ref is not None else None
+
+    def objective(self, first: PolicyObjective[Any] | None = None) -> PolicyObjective[Any]:
+        """What this stage learns by: the objective in its slot (`first`, if it was made before), and what is added."""
+        return objective_of(self.config, self.build, self.at, first)
 
     def task_of(self, stage: str) -> Task[Any]:
         """The task that a stage (this one or another) takes its prompts from."""

@@ -19,9 +19,9 @@ from velatura.core.alike import plan_facts, require_same
 from velatura.core.components import Distiller, Task, TimestepSampler
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
-from velatura.core.errors import RecipeError
 from velatura.core.folding import strongest_scale
-from velatura.core.learner import Learner, Tally
+from velatura.core.learner import SET_OF, Learner, Tally
+from velatura.core.learning_checks import check_teachers
 from velatura.core.points import Group, MicroBatch, pieces, trajectory_points
 from velatura.core.policy import CURRENT, START
 from velatura.core.probe import Probe, make_probe, probe_error
@@ -31,6 +31,7 @@ from velatura.core.selfcheck import self_check
 from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_weights, weights_of
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training, loss_note
+from velatura.core.steps import weighted, with_likelihood
 from velatura.core.types import Prompt, Role, StepPlan
 
 
@@ -38,6 +39,8 @@ from velatura.core.types import Prompt, Role, StepPlan
 class Visit:
     """Where the student passed for some prompts of one layout."""
 
+    step: int
+    """Of the loop."""
     chunk: Chunk
     prompts: Sequence[Prompt]
     """What the chunk's rows count in."""
@@ -83,7 +86,8 @@ class Loop:
                     self_check(self.learner, batches[0], [visit.times for visit in visits])
                 updates.append(self.learner.learn(batches))
         total = Tally.of_updates(updates)
-        metrics = total.metrics | {
+        self.learner.follow(index)
+        metrics = total.reported | {
             "rows/forward": float(total.forward_rows),
             "rows/gradient": float(total.gradient_rows),
         }
@@ -95,10 +99,6 @@ class Loop:
                 for showcase in self.showcases:
                     showcase.draw(index + 1)
         return metrics | watch.seconds
-
-    def _plan(self, index: int, route: str, times: Tensor) -> StepPlan:
-        """Which steps are trained, the same on every rank."""
-        return self.timesteps.plan_at(index, times, generator(self.stage.seed, "plan", index, route))
 
     def require_same_plan(self, index: int, drawn: Mapping[str, Sequence[Prompt]]) -> None:
         """Every rank is about to draw the same prompts on the same grids, and to train the same steps. Collective."""
@@ -116,15 +116,32 @@ class Loop:
             seeds = [[derive(self.stage.seed, "student", index, route, prompt.id)] for prompt in own]
             times = self.sampler.adapter.times(self.sampler.steps, own[0])
             plan = self._plan(index, route, times)
-            with self.learner.policy.wearing(CURRENT) as net:
+            with self.learner.policy.wearing(SET_OF[self.learner.objective.requires.rollout_role]) as net:
                 chunks = list(
                     rollout(net, self.sampler, own, seeds, plan, keep_trajectory=True, encoder=self.learner.encoder)
                 )
             visits += [
-                Visit(chunk=chunk, prompts=own, numbers=numbers, times=times, plan=plan, of=len(prompts))
+                Visit(step=index, chunk=chunk, prompts=own, numbers=numbers, times=times, plan=plan, of=len(prompts))
                 for chunk in chunks
             ]
         return visits
+
+    def _plan(self, index: int, route: str, times: Tensor) -> StepPlan:
+        """Which steps draw noise and which are trained, the same on every rank."""
+        plan = self.timesteps.plan_at(index, times, generator(self.stage.seed, "plan", index, route))
+        if self.learner.objective.requires.stochastic_steps:
+            plan = with_likelihood(plan, self.sampler.kernel, times)
+        return weighted(plan, self.stage.config.step_weight, self.sampler.kernel, times)
+
+    def teacher(self, step: int, prompt: Prompt) -> str:
+        """The weight set of the teacher that answers for a prompt in a round; of several, one drawn by weight."""
+        route = self.distiller.teacher(prompt)
+        mixture = self.stage.config.mixtures[route]
+        if len(mixture) == 1:
+            return f"teacher/{route}"
+        share = torch.tensor(list(mixture.values()), dtype=torch.float64)
+        drawn = torch.multinomial(share, 1, generator=generator(self.stage.seed, "teacher", step, prompt.id))
+        return f"teacher/{route}/{list(mixture)[int(drawn)]}"
 
     def micro_batches(self, visits: Sequence[Visit], share: int) -> list[MicroBatch]:
         """Points of one optimiser step: every `updates_per_step`-th prompt of every route, routes weighing the same."""
@@ -144,11 +161,24 @@ class Loop:
         by_teacher: dict[str, list[Group]] = {}
         for b in chosen:
             prompt = visit.prompts[int(chunk.rows[b])]
-            name = f"teacher/{self.distiller.teacher(prompt)}"
-            by_teacher.setdefault(name, []).append(Group(prompt=prompt, samples=(b,), numbers=(0,)))
+            own = by_teacher.setdefault(self.teacher(visit.step, prompt), [])
+            own.append(Group(prompt=prompt, samples=(b,), numbers=(0,)))
         zeros, weight = torch.zeros(len(chunk.rows)), visit.plan.weight
         return [
-            replace(trajectory_points(part, chunk.trajectory, zeros, visit.times, train, weight, total), teacher=name)
+            replace(
+                trajectory_points(
+                    part,
+                    chunk.trajectory,
+                    zeros,
+                    visit.times,
+                    train,
+                    weight,
+                    total,
+                    self.sampler.kernel,
+                    chunk.log_prob,
+                ),
+                teacher=name,
+            )
             for name, groups in by_teacher.items()
             for part in pieces(groups, len(train), self.stage.config.micro_batch)
         ]
@@ -161,28 +191,29 @@ class Loop:
 def run(stage: StageRun) -> dict[str, Any]:
     """Train one student from several teachers."""
     config = stage.config
-    training = Training(stage, sets=(), updates_per_step=config.updates_per_step)
-    for name, source in config.teachers.items():
+    distiller: Distiller[Any] = stage.build("distiller", config.distiller, "distiller")
+    objective = stage.objective(distiller)
+    training = Training.of(stage, objective, config.updates_per_step)
+    for name, source in config.weight_sets.items():
         path = weights_of(stage.run_folder, source)
         training.policy.put(
             f"teacher/{name}", read_weights(path), what=f"stages.{stage.name}.teachers.{name} ({path})",
             device=torch.device("cpu"),
         )  # fmt: skip
-    distiller = stage.build("distiller", config.distiller, "distiller")
     guidance = stage.build("guidance", config.guidance, "guidance")
     learner = Learner(
         engine=training.engine,
         policy=training.policy,
         adapter=training.adapter,
         guidance=guidance,
-        objective=distiller,
+        objective=objective,
         encoder=Encoder(training.adapter, training.engine.device),
         guard=training.guard,
     )
     kernel = stage.build("kernel", config.kernel, "kernel")
     sampler = Sampler(
         adapter=training.adapter, guidance=guidance, kernel=kernel, steps=config.sampling.steps,
-        batch=config.sampling.batch, role=Role.CURRENT,
+        batch=config.sampling.batch, role=Role.CURRENT, solver=stage.solver(),
     )  # fmt: skip
     prompts = {route: route_prompts(stage, route) for route in config.teachers}
     check_routes(stage, distiller, prompts)
@@ -196,8 +227,10 @@ def run(stage: StageRun) -> dict[str, Any]:
                                 start=training.start)
             for route, own in prompts.items()
         },
-        probes=[make_probe(learner, sampler, route, f"teacher/{route}", held_out(stage, route), stage.seed)
-                for route in prompts if stage.ranks.first],
+        probes=[
+            make_probe(learner, sampler, name, f"teacher/{name}", held_out(stage, name.partition("/")[0]), stage.seed)
+            for name in config.weight_sets if stage.ranks.first
+        ],
         showcases=[Showcase(stage, training.policy, sampler, own, label=route) for route, own in prompts.items()],
     )  # fmt: skip
     if training.start == 0:
@@ -206,7 +239,8 @@ def run(stage: StageRun) -> dict[str, Any]:
     training.loop(loop.step, lambda m: loss_note(m, "distance to the teachers"))
     folded = strongest_scale(guidance, Role.TEACHER)
     return training.finish() | {
-        "guidance_scale": 1.0, "folded": folded != 1, "folded_scale": folded, "teachers": dict(config.teachers),
+        "guidance_scale": 1.0, "folded": folded != 1, "folded_scale": folded,
+        "teachers": {route: " + ".join(mixture) for route, mixture in config.mixtures.items()},
     }  # fmt: skip
 
 
@@ -216,7 +250,7 @@ def route_prompts(stage: StageRun, route: str) -> Sequence[Prompt]:
         found = task_of_route(stage, route).prompts("train")
         logger.info("{}: {} prompts of task '{}'", stage.name, len(found), stage.config.tasks[route].use)
         return found
-    teacher = stage.recipe.stage(stage.config.teachers[route])
+    teacher = stage.recipe.stage(stage.config.leading[route])
     source = stage.config.prompts.get(route) or getattr(teacher, "prompts", None)
     if source:
         return kept_prompts(stage, source)
@@ -228,7 +262,7 @@ def task_of_route(stage: StageRun, route: str) -> Task[Any]:
     if route in stage.config.tasks:
         task: Task[Any] = stage.build("task", stage.config.tasks[route], f"tasks.{route}")
         return task
-    return stage.task_of(stage.config.teachers[route])
+    return stage.task_of(stage.config.leading[route])
 
 
 def held_out(stage: StageRun, route: str) -> list[Prompt]:
@@ -239,11 +273,5 @@ def held_out(stage: StageRun, route: str) -> list[Prompt]:
 
 def check_routes(stage: StageRun, distiller: Distiller[Any], prompts: Mapping[str, Sequence[Prompt]]) -> None:
     """Every prompt must have a teacher."""
-    for route, own in prompts.items():
-        wanted = {distiller.teacher(own[i]) for i in range(len(own))}
-        missing = sorted(wanted - set(stage.config.teachers))
-        if missing:
-            raise RecipeError(
-                f"stages.{stage.name}.teachers: distiller '{distiller.name}' sends prompts of route '{route}' to "
-                f"teacher '{missing[0]}', which is not configured. There is: {', '.join(stage.config.teachers)}."
-            )
+    wanted = {distiller.teacher(own[i]): route for route, own in prompts.items() for i in range(len(own))}
+    check_teachers(stage.recipe, stage.name, distiller, wanted)

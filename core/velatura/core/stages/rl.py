@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from velatura.core.alike import plan_facts, require_same
-from velatura.core.components import AdvantageEstimator, PromptFilter, TimestepSampler
+from velatura.core.components import AdvantageEstimator, PolicyObjective, PromptFilter, TimestepSampler
 from velatura.core.data import PromptStream
 from velatura.core.encoding import Encoder
+from velatura.core.errors import VelaturaError
 from velatura.core.events import RolloutDone
 from velatura.core.folding import strongest_scale
 from velatura.core.gathered import whole_report
 from velatura.core.judge import Judge
-from velatura.core.learner import SET_OF, Learner, Tally, sets_for
+from velatura.core.learner import SET_OF, Learner, Tally
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
 from velatura.core.policy import CURRENT, START
+from velatura.core.probe import Probe, start_probe
 from velatura.core.rollout import Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
@@ -62,6 +64,8 @@ class Loop:
     showcase: Showcase
     ledger: TrainingLedger
     reweighing: Reweighing | None
+    probe: Probe | None
+    """States under the policy that the stage started from; on the first rank."""
 
     def step(self, index: int) -> dict[str, float]:
         """Sample, judge, learn."""
@@ -88,8 +92,11 @@ class Loop:
         versions = {} if self.reweighing is None else self.reweighing.after(index, report)
         with watch.phase("update"):
             tally = self.learn(index, made, advantages.of(rows), with_signal(report, advantages), dealt[ranks.rank])
-        if SET_OF[Role.OLD] in self.learner.policy.sets:
-            self.learner.policy.follow(SET_OF[Role.OLD], self.learner.objective.old_decay(index))
+        self.learner.follow(index)
+        drift = {}
+        if self.probe is not None and ((index + 1) % config.probe_every == 0 or index + 1 == config.steps):
+            with watch.phase("probe"):
+                drift = self.probe.drift(self.learner)
         if (index + 1) % config.pictures_every == 0 or index + 1 == config.steps:
             with watch.phase("pictures"):
                 self.showcase.draw(index + 1)
@@ -101,7 +108,8 @@ class Loop:
             **self.ledger.metrics(),
             **versions,
             **{f"advantage/{name}": value for name, value in advantages.metrics.items()},
-            **tally.metrics,
+            **tally.reported,
+            **drift,
             **watch.seconds,
             "rows/rollout": float(sum(ranks.gather(rollout_rows))),
             "rows/forward": float(tally.forward_rows),
@@ -197,6 +205,7 @@ class Loop:
         for part, own in by_part:
             known, train = advantages[part.start : part.stop], part.plan.train
             for piece in pieces(own, len(train), config.micro_batch):
+                require_whole(self.learner.objective, piece, own, len(train), config.micro_batch)
                 if part.trajectory is None:
                     batches.append(forward_points(
                         piece, part.latents, known, part.times, train, part.plan.weight, noise, total
@@ -207,6 +216,24 @@ class Loop:
                         self.sampler.kernel, part.log_prob,
                     ))  # fmt: skip
         return batches
+
+
+def require_whole(
+    objective: PolicyObjective[Any], piece: Sequence[Group], groups: Sequence[Group], points: int, limit: int
+) -> None:
+    """Refuse a micro-batch with a part of a group, where the objective compares all of it.
+
+    Raises:
+        VelaturaError: with the least `micro_batch` that holds the group.
+    """
+    sizes = {group.prompt.id: len(group.samples) for group in groups}
+    cut = [group for group in piece if len(group.samples) < sizes[group.prompt.id]]
+    if objective.requires.whole_group and cut:
+        size = sizes[cut[0].prompt.id] * points
+        raise VelaturaError(
+            f"objective '{objective.name}' compares all samples of a prompt, and those of {cut[0].prompt.id!r} have "
+            f"{size} points, more than micro_batch {limit}. Set micro_batch to {size} or more, or train on fewer steps."
+        )
 
 
 def _side_by_side(kept: Sequence[Tensor | None]) -> Tensor | None:
@@ -288,12 +315,8 @@ def calibrated_advantage(stage: StageRun, prompts: Sequence[Prompt]) -> Advantag
 def run(stage: StageRun) -> dict[str, Any]:
     """Train one teacher."""
     config = stage.config
-    objective = stage.build("objective", config.objective, "objective")
-    follows = {SET_OF[Role.OLD]}
-    training = Training(
-        stage, sets=tuple(sets_for(objective) & follows), fixed=tuple(sets_for(objective) - follows),
-        updates_per_step=config.updates_per_step,
-    )  # fmt: skip
+    objective = stage.objective()
+    training = Training.of(stage, objective, config.updates_per_step)
     learner = Learner(
         engine=training.engine,
         policy=training.policy,
@@ -325,6 +348,9 @@ def run(stage: StageRun) -> dict[str, Any]:
             showcase=Showcase(stage, training.policy, sampler, prompts),
             ledger=_ledger(stage),
             reweighing=follow_policy(stage, training, judge, advantage),
+            probe=start_probe(learner, sampler, prompts, config.probe_prompts, training.initial, stage.seed)
+            if stage.ranks.first
+            else None,
         )
         if training.start == 0:
             loop.showcase.draw(0)

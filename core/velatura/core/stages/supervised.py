@@ -57,7 +57,7 @@ def run(stage: StageRun) -> dict[str, Any]:
                 self_check(learner, batches[0])
             tally = learner.learn(batches)
         training.policy.follow(EMA, min(config.ema, (1 + index) / (10 + index)))
-        return tally.metrics | watch.seconds | _rows(tally)
+        return tally.reported | watch.seconds | _rows(tally)
 
     training.loop(step, loss_note)
     return training.finish(training.policy.sets[EMA]) | training.lineage()

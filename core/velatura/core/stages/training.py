@@ -15,15 +15,26 @@ from torch import Tensor
 from velatura.core import __version__
 from velatura.core.alike import digest, require_same, require_same_weights
 from velatura.core.checkpoint import load_latest, save_checkpoint
-from velatura.core.components import ModelAdapter
+from velatura.core.components import ModelAdapter, PolicyObjective
 from velatura.core.engine import OptimizerConfig, make_engine
 from velatura.core.engine.protocol import Engine
 from velatura.core.errors import Stopped, VelaturaError
 from velatura.core.events import CheckpointSaved, RunEnd, RunStart, StepEnd
 from velatura.core.guard import Guard
+from velatura.core.learner import FOLLOWING, SET_OF, sets_for
 from velatura.core.policy import CURRENT, START, Policy
 from velatura.core.pulse import alive
-from velatura.core.stages.common import WEIGHTS, MetricsLog, StageRun, Ticker, manifest_of, read_log
+from velatura.core.stages.common import (
+    WEIGHTS,
+    MetricsLog,
+    StageRun,
+    Ticker,
+    manifest_of,
+    read_log,
+    read_weights,
+    weights_of,
+)
+from velatura.core.types import Role
 
 CARRIED = "memory-"
 """Sections of a checkpoint that hold what components remember begin with this."""
@@ -72,6 +83,25 @@ class Training:
             at=run.at("max_skipped"), before=int(sum(skipped)),
         )  # fmt: skip
         self.log = MetricsLog(run.folder / "metrics.jsonl", start=self.start) if run.ranks.first else None
+
+    @classmethod
+    def of(cls, run: StageRun, objective: PolicyObjective[Any], updates_per_step: int) -> Training:
+        """With the weight sets that an objective asks for, the anchor among them.
+
+        Raises:
+            CheckpointError: the anchor is of another model.
+        """
+        needed, following = sets_for(objective), {SET_OF[role] for role in FOLLOWING}
+        training = cls(
+            run, sets=tuple(sorted(needed & following)), fixed=tuple(sorted(needed - following)),
+            updates_per_step=updates_per_step,
+        )  # fmt: skip
+        if Role.ANCHOR in objective.roles():
+            path = weights_of(run.run_folder, run.config.anchor)
+            training.policy.put(
+                SET_OF[Role.ANCHOR], read_weights(path), what=f"{run.at('anchor')} ({path})", device=torch.device("cpu")
+            )
+        return training
 
     @property
     def _checkpoints(self) -> Path:

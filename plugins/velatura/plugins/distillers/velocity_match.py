@@ -9,20 +9,27 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from velatura.api import Distiller, Loss, Options, Points, Prompt, Requirements, Role, VelaturaError
-from velatura.plugins.objectives.velocity_kl import average, latent_mean, norm_ratio, velocity_kl, weighted_sum, widened
+from velatura.api import Distiller, Loss, Points, Prompt, Requirements, Role, VelaturaError
+from velatura.plugins.distillers.routing import RouteOptions, routed
+from velatura.plugins.objectives.velocity_kl import (
+    average,
+    latent_mean,
+    norm_ratio,
+    velocity_kl,
+    weighted_error,
+    weighted_sum,
+    widened,
+)
 
 
-class VelocityMatchOptions(Options):
+class VelocityMatchOptions(RouteOptions):
     """Options of `velocity-match`."""
 
-    weight: Literal["uniform", "dt", "dt2"] = Field(
+    weight: Literal["uniform", "dt", "dt2", "t", "ghuber", "adaptive-l1"] = Field(
         "uniform",
         description="Weight of a state, with D = t - t_next: `uniform` 1 (the published sum), `dt` D (an integral "
-        "over time on any grid), `dt2` D^2 / 2 (the step's displacement).",
-    )
-    route: Literal["task", "category"] = Field(
-        "task", description="The teacher of a prompt is the one named like its task, or like its category."
+        "over time on any grid), `dt2` D^2 / 2 (the step's displacement); `t`, or of its own error e, m = mean e^2: "
+        "`ghuber` 4 t ((m + 1e-10)^0.25 - 1e-10^0.25), `adaptive-l1` t m / mean |e| in place of m.",
     )
 
 
@@ -33,7 +40,9 @@ class VelocityMatch(Distiller[VelocityMatchOptions]):
     no gradient flows (Qwen-Image-2.0-RL, arXiv:2606.27608). omega is 1, D (the Wasserstein bound of
     arXiv:2305.16860, time integral over student states) or D^2 / 2 (DiffusionOPD, arXiv:2605.15055). With the
     guidance policy `teacher-only` v_S is conditional and v_T guided, which folds guidance into the student.
-    0 exactly where the velocities agree.
+    Which states are asked for is said by the stage's timesteps: all of them (dense), or one a sample, late in the
+    rollout (DanceOPD, arXiv:2606.27377: timesteps `beta` with `over: steps, count: 1`). 0 exactly where the velocities
+    agree.
     """
 
     name = "velocity-match"
@@ -46,7 +55,7 @@ class VelocityMatch(Distiller[VelocityMatchOptions]):
 
     def teacher(self, prompt: Prompt) -> str:
         """The prompt's task, or its category."""
-        return prompt.task if self.options.route == "task" else prompt.category
+        return routed(self.options, prompt)
 
     def loss(self, points: Points, velocity: Mapping[Role, Tensor]) -> Loss:
         """Weighted mean squared distance of CURRENT to TEACHER, both [N ...]."""
@@ -58,16 +67,15 @@ class VelocityMatch(Distiller[VelocityMatchOptions]):
             "relative_distance": average(distance / size, points),
             "norm_ratio": average(norm_ratio(student, teacher), points),
         }
-        weighted = self._step_weight(points).to(distance.dtype) * distance
-        return Loss(value=weighted_sum(weighted, points), metrics=metrics)
+        weighted = self._weighted(points, widened(student) - widened(teacher))
+        return Loss(value=weighted_sum(weighted, points), metrics=metrics, by_time={"distance": distance.detach()})
 
-    def _step_weight(self, points: Points) -> Tensor:
-        """omega [N]."""
-        if self.options.weight == "uniform":
-            return torch.ones_like(points.t)
+    def _weighted(self, points: Points, error: Tensor) -> Tensor:
+        """The loss [N] of errors [N ...]."""
+        weight = self.options.weight
+        if weight != "dt" and weight != "dt2":
+            return weighted_error(error, points.t, weight)
         if points.t_next is None:
-            raise VelaturaError(
-                f"velocity-match with weight: {self.options.weight} needs the next time of every state."
-            )
-        step = points.t - points.t_next
-        return step if self.options.weight == "dt" else step.square() / 2
+            raise VelaturaError(f"velocity-match with weight: {weight} needs the next time of every state.")
+        step = (points.t - points.t_next).to(error.dtype)
+        return (step if weight == "dt" else step.square() / 2) * latent_mean(error.square())

@@ -3,13 +3,13 @@
 v^w = v(null) + w (v(cond) - v(null)) (Ho & Salimans, arXiv:2207.12598). A scale of exactly 1 is the conditional
 velocity alone; the null branch is then not evaluated.
 
-| policy            | ROLLOUT | CURRENT, OLD, REFERENCE | TEACHER |
-|-------------------|---------|-------------------------|---------|
-| `none`            | 1       | 1                       | 1       |
-| `both`            | w       | w                       | w       |
-| `detached-uncond` | w       | w                       | w       |
-| `rollout-only`    | w       | 1                       | 1       |
-| `teacher-only`    | 1       | 1                       | w       |
+| policy            | ROLLOUT | CURRENT, OLD, EMA, REFERENCE | TEACHER, ANCHOR |
+|-------------------|---------|------------------------------|-----------------|
+| `none`            | 1       | 1                            | 1               |
+| `both`            | w       | w                            | w               |
+| `detached-uncond` | w       | w                            | w               |
+| `rollout-only`    | w       | 1                            | 1               |
+| `teacher-only`    | 1       | 1                            | w               |
 
 `interval` is one of `both`, `rollout-only` and `teacher-only` for a part of the time, and `none` outside of it.
 """
@@ -23,6 +23,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from velatura.api import GuidancePolicy, NoOptions, Options, Role
+
+TEACHERS = (Role.TEACHER, Role.ANCHOR)
+"""Finished models that a student is pulled to: guided alike, else an anchor would pull guidance out again."""
 
 
 class ScaleOptions(Options):
@@ -95,8 +98,8 @@ class TeacherOnly(GuidancePolicy[ScaleOptions]):
     name = "teacher-only"
 
     def scale(self, role: Role, t: Tensor) -> Tensor:
-        """w [N] for TEACHER, 1 for all others."""
-        return torch.full_like(t, self.options.scale if role is Role.TEACHER else 1.0)
+        """w [N] for TEACHER and ANCHOR, 1 for all others."""
+        return torch.full_like(t, self.options.scale if role in TEACHERS else 1.0)
 
 
 class DetachedUncond(GuidancePolicy[ScaleOptions]):
@@ -129,7 +132,7 @@ class Interval(GuidancePolicy[IntervalOptions]):
         """w [N] for the guided roles at times within the interval, 1 otherwise."""
         options = self.options
         guided = {
-            "both": True, "rollout-only": role is Role.ROLLOUT, "teacher-only": role is Role.TEACHER
+            "both": True, "rollout-only": role is Role.ROLLOUT, "teacher-only": role in TEACHERS
         }[options.roles]  # fmt: skip
         inside = (t >= options.low) & (t <= options.high) & guided
         return torch.where(inside, options.scale, 1.0).to(t)

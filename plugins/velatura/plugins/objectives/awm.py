@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from velatura.api import Loss, Options, Points, PolicyObjective, Requirements, Role
-from velatura.plugins.objectives.velocity_kl import average, flow_target, norm_ratio, velocity_kl, weighted_sum, widened
-
-HUBER_POWER, HUBER_OFFSET = 0.25, 1e-10
-"""Shape of the released generalised Huber weighting: part of its definition."""
+from velatura.plugins.objectives.velocity_kl import (
+    Weighting,
+    average,
+    flow_target,
+    norm_ratio,
+    velocity_kl,
+    weighted_error,
+    weighted_sum,
+    widened,
+)
 
 
 class AWMOptions(Options):
     """Options of `awm`."""
 
-    weighting: Literal["uniform", "t", "ghuber"] = Field(
+    weighting: Weighting = Field(
         "uniform",
         description="Negative log-likelihood of m = mean (v - u)^2: `uniform` m, `t` t m, "
-        "`ghuber` 4 t ((m + 1e-10)^0.25 - 1e-10^0.25), whose gradient hardly depends on the size of m.",
+        "`ghuber` 4 t ((m + 1e-10)^0.25 - 1e-10^0.25), whose gradient hardly depends on the size of m, `adaptive-l1` "
+        "t m / mean |v - u|, whose gradient does not.",
     )
     clip_range: float | None = Field(
         None,
@@ -43,7 +48,7 @@ class AWMOptions(Options):
 class AWM(PolicyObjective[AWMOptions]):
     """Flow matching on own samples, weighted by advantage (AWM, arXiv:2509.25050).
 
-    log p = -weighting(mean (v - u)^2, t),   a = clip(A, -A_max, A_max) / A_max,   rho = exp(log p - sg log p_old),
+    log p = -weighting(v - u, t),   a = clip(A, -A_max, A_max) / A_max,   rho = exp(log p - sg log p_old),
     L_n = max(-a rho, -a clip(rho, 1 - c, 1 + c)) + kl mean (v - v_ref)^2 + ema_kl mean (v - v_old)^2.
 
     On-policy (`clip_range` null) log p_old is the current value itself: rho is 1 and dL/dv = 2 a w (v - u), over
@@ -93,22 +98,14 @@ class AWM(PolicyObjective[AWMOptions]):
         """The clipped policy loss [N], and its metrics."""
         target, limit = flow_target(points), self.options.max_advantage
         advantage = points.advantage.to(current.dtype).clamp(-limit, limit) / limit
-        log_p = self._log_likelihood(velocity_kl(current, target), points.t)
+        log_p = -weighted_error(current - target, points.t, self.options.weighting)
         metrics = {"advantage": average(advantage.abs(), points), "log_likelihood": average(log_p, points)}
         if self.options.clip_range is None:
             return -advantage * (log_p - log_p.detach()).exp(), metrics
-        log_old = self._log_likelihood(velocity_kl(velocity[Role.OLD].detach(), target), points.t)
+        log_old = -weighted_error(widened(velocity[Role.OLD].detach()) - target, points.t, self.options.weighting)
         ratio = (log_p - log_old).exp()
         clipped = ratio.clamp(1 - self.options.clip_range, 1 + self.options.clip_range)
+        metrics["ratio"] = average(ratio, points)
         metrics["log_ratio"] = average(log_p - log_old, points)
         metrics["clipped"] = average((-advantage * clipped > -advantage * ratio).to(ratio.dtype), points)
         return torch.maximum(-advantage * ratio, -advantage * clipped), metrics
-
-    def _log_likelihood(self, error: Tensor, t: Tensor) -> Tensor:
-        """-weighting(m, t), [N], of the mean squared error m [N]."""
-        if self.options.weighting == "uniform":
-            return -error
-        if self.options.weighting == "t":
-            return -t.to(error.dtype) * error
-        rooted = (error + HUBER_OFFSET).pow(HUBER_POWER) - math.pow(HUBER_OFFSET, HUBER_POWER)
-        return -t.to(error.dtype) * rooted / HUBER_POWER

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from velatura.api import Loss, Options, Points, PolicyObjective, Requirements, Role
 from velatura.plugins.objectives.velocity_kl import (
+    ERROR_FLOOR,
     average,
     flow_target,
     latent_mean,
@@ -19,9 +20,6 @@ from velatura.plugins.objectives.velocity_kl import (
     weighted_sum,
     widened,
 )
-
-ERROR_FLOOR = 1e-5
-"""Least denominator of the adaptive form, in units of x_0: part of the published definition."""
 
 
 class NFTOptions(Options):

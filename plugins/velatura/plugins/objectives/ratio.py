@@ -25,6 +25,8 @@ from velatura.plugins.objectives.velocity_kl import (
     widened,
 )
 
+Convention = Literal["paper", "flow_grpo_code"]
+"""Of the divergence of two steps: as the formula has it, or times the step size."""
 NEEDS = Requirements(
     points="trajectory", roles=frozenset({Role.CURRENT, Role.OLD, Role.REFERENCE}), rollout_role=Role.OLD,
     advantage=True, stochastic_steps=True,
@@ -36,7 +38,7 @@ class RatioOptions(Options):
 
     max_advantage: float = Field(5.0, gt=0, description="Advantages are clipped to ± this.")
     kl: float = Field(0.0, ge=0, description="Coefficient of the KL to REFERENCE per step; 0 needs no reference.")
-    kl_convention: Literal["paper", "flow_grpo_code"] = Field(
+    kl_convention: Convention = Field(
         "paper",
         description="`paper`: mean (mu - mu_ref)^2 / (2 s^2), s the standard deviation of the step; `flow_grpo_code`: "
         "that times the step size, as released, so that published coefficients mean what they did there.",
@@ -56,7 +58,12 @@ class Draw:
     @property
     def log_ratio(self) -> Tensor:
         """[N] log pi(x_next) - log pi_old(x_next), means over latent dimensions."""
-        return self.kernel.log_prob(self.x_next, self.current) - self.kernel.log_prob(self.x_next, self.old)
+        return self.kernel.log_prob(self.x_next, self.current) - self.log_prob_old
+
+    @property
+    def log_prob_old(self) -> Tensor:
+        """[N] log pi_old(x_next), the mean over latent dimensions."""
+        return self.kernel.log_prob(self.x_next, self.old)
 
 
 def draw_of(points: Points, velocity: Mapping[Role, Tensor]) -> Draw:
@@ -88,15 +95,21 @@ def _step(points: Points) -> tuple[Kernel, Tensor]:  # type: ignore[type-arg]
 def clipped_surrogate(points: Points, ratio: Tensor, options: RatioOptions, clip: float) -> tuple[Tensor, Tensor]:
     """-min(A rho, A clip(rho, 1 - c, 1 + c)), [N], and where the clip decides, [N]."""
     advantage = points.advantage.to(ratio.dtype).clamp(-options.max_advantage, options.max_advantage)
+    return clipped(advantage, ratio, clip)
+
+
+def clipped(advantage: Tensor, ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """-min(A rho, A clip(rho, 1 - c, 1 + c)), [N], of advantages [N], and where the clip decides, [N]."""
     free, held = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(free, held), (held > free).to(ratio.dtype)
 
 
-def step_kl(points: Points, draw: Draw, velocity: Mapping[Role, Tensor], options: RatioOptions) -> Tensor:
-    """KL [N] of the step to that of REFERENCE, mean over latent dimensions, in the convention of the options."""
-    reference = transition(points, velocity[Role.REFERENCE].detach())
-    kl = latent_mean(((draw.current.mean - reference.mean) / draw.current.std).square()) / 2
-    if options.kl_convention == "paper":
+def step_divergence(points: Points, v: Tensor, anchor: Tensor, convention: Convention) -> Tensor:
+    """KL [N] of the steps that velocities v [N ...] make to those of `anchor` [N ...], which gets no gradient: the mean
+    over latent dimensions of (mu - mu_anchor)^2 / (2 s^2), or that times the step size."""
+    step, other = transition(points, v), transition(points, anchor.detach())
+    kl = latent_mean(((step.mean - other.mean) / step.std).square()) / 2
+    if convention == "paper":
         return kl
     assert points.t_next is not None
     return kl * (points.t - points.t_next).to(kl.dtype)
@@ -107,6 +120,7 @@ def surrogate_loss(
 ) -> Loss:
     """The clipped surrogate of exp(log_ratio) [N], the KL, and what to look at."""
     policy, held = clipped_surrogate(points, log_ratio.exp(), options, clip)
+    by_time = {"ratio": log_ratio.detach().exp(), "clipped": held}
     metrics = {
         "policy": average(policy, points),
         "ratio": average(log_ratio.exp(), points),
@@ -117,11 +131,11 @@ def surrogate_loss(
         again = draw.kernel.log_prob(draw.x_next, draw.old)
         metrics["rollout_gap"] = average((again - points.log_prob.to(again.dtype)).abs(), points)
     if not options.kl:
-        return Loss(value=weighted_sum(policy, points), metrics=metrics)
-    kl = step_kl(points, draw, velocity, options)
+        return Loss(value=weighted_sum(policy, points), metrics=metrics, by_time=by_time)
+    kl = step_divergence(points, velocity[Role.CURRENT], velocity[Role.REFERENCE], options.kl_convention)
     metrics["kl"] = average(kl, points)
     metrics["norm_ratio"] = average(norm_ratio(velocity[Role.CURRENT], velocity[Role.REFERENCE]), points)
-    return Loss(value=weighted_sum(policy + options.kl * kl, points), metrics=metrics)
+    return Loss(value=weighted_sum(policy + options.kl * kl, points), metrics=metrics, by_time=by_time)
 
 
 def roles_of(options: RatioOptions) -> frozenset[Role]:

@@ -7,6 +7,9 @@ never summed, so coefficients do not depend on the size of a picture.
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,32 @@ def latent_mean(values: Tensor) -> Tensor:
 def velocity_kl(v: Tensor, anchor: Tensor) -> Tensor:
     """mean (v - anchor)^2, [N]; no gradient flows into the anchor."""
     return latent_mean((widened(v) - widened(anchor.detach())).square())
+
+
+Weighting = Literal["uniform", "t", "ghuber", "adaptive-l1"]
+"""What becomes of a squared error; see `weighted_error`."""
+HUBER_POWER, HUBER_OFFSET = 0.25, 1e-10
+"""Shape of the released generalised Huber weighting (AWM, arXiv:2509.25050): part of its definition."""
+ERROR_FLOOR = 1e-5
+"""Least denominator of the adaptive form: part of the published definition."""
+
+
+def weighted_error(error: Tensor, t: Tensor, weighting: Weighting) -> Tensor:
+    """A loss [N] of errors [N ...] at times t [N], with m = mean error^2.
+
+    `uniform` m; `t` t m; `ghuber` 4 t ((m + 1e-10)^0.25 - 1e-10^0.25), whose gradient hardly depends on the size of m
+    (AWM, arXiv:2509.25050); `adaptive-l1` t m / max(sg mean |error|, 1e-5), whose gradient does not (arXiv:2602.04663,
+    where sums over the D latent dimensions and a factor D stand in place of the means).
+    """
+    squared, time = latent_mean(error.square()), t.to(error.dtype)
+    if weighting == "uniform":
+        return squared
+    if weighting == "t":
+        return time * squared
+    if weighting == "adaptive-l1":
+        return time * squared / latent_mean(error.detach().abs()).clamp_min(ERROR_FLOOR)
+    rooted = (squared + HUBER_OFFSET).pow(HUBER_POWER) - math.pow(HUBER_OFFSET, HUBER_POWER)
+    return time * rooted / HUBER_POWER
 
 
 def norm_ratio(v: Tensor, anchor: Tensor) -> Tensor:
