@@ -148,8 +148,10 @@ def test_the_hinge_is_the_square_of_what_is_above_the_bound() -> None:
 def test_a_velocity_of_size_0_or_of_its_references_size_gives_no_gradient_to_the_hinge(margin: float) -> None:
     hinge, where, same = NormHinge(NormHingeOptions(margin=margin)), points(), velocities(distance=0)
     assert torch.equal(gradient(hinge, where, same), torch.zeros(N, D).double())
-    none = same | {Role.CURRENT: torch.zeros(N, D).double().requires_grad_()}
-    assert torch.equal(gradient(hinge, where, none), torch.zeros(N, D).double())
+    zero = torch.zeros(N, D).double()
+    none, untrained = same | {Role.CURRENT: zero.clone().requires_grad_()}, same | {Role.REFERENCE: zero}
+    assert torch.equal(gradient(hinge, where, none), zero)
+    assert torch.equal(gradient(hinge, where, untrained), zero)
 
 
 def steps(kernel: FlowSde | DanceSde | Cps, v: Tensor) -> Points:

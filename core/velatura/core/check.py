@@ -57,10 +57,10 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
         if stage.stage == "distill":
             check_distillation(recipe, registry, name, lambda ref: _first_prompts(recipe, registry, ref))
             _check_adapters(recipe, registry, name, stage)
+            warnings += _check_guidance_of_teachers(recipe, registry, name, stage)
         if stage.stage == "merge":
             _check_adapters(recipe, registry, name, stage)
             check_merged_guidance(recipe, registry, name)
-            warnings += _check_guidance_of_teachers(recipe, registry, name, stage)
         if stage.stage in ("rl", "curate", "calibrate", "distill", "rate"):
             warnings += _check_folded_start(recipe, registry, name, stage)
         if stage.stage in ("rl", "curate"):

@@ -24,6 +24,9 @@ from velatura.plugins.objectives.velocity_kl import (
     widened,
 )
 
+NOTHING = 1e-12
+"""Mean square below which a velocity is taken for 0."""
+
 
 def _needs(role: Role, *, contrast: bool = True) -> Requirements:
     return Requirements(points="any", roles=frozenset({Role.CURRENT, role}), advantage=False, contrast=contrast)
@@ -129,7 +132,8 @@ class NormHinge(PolicyObjective[NormHingeOptions]):
 
     L_n = max(0, r - 1 - margin)^2, r = ||v|| / ||v_ref|| of the point. Reinforcement learning inflates velocities by 5
     to 15 %, and pictures oversaturate (NormGuard, arXiv:2606.27771, which holds it with a hinge on the norm). The
-    square and the margin are ours; the source's form was not available to us.
+    square and the margin are ours; the source's form was not available to us. Where v_ref is 0, as of a network that
+    was never trained, there is no bound.
     """
 
     name = "norm-hinge"
@@ -143,8 +147,8 @@ class NormHinge(PolicyObjective[NormHingeOptions]):
     def loss(self, points: Points, velocity: Mapping[Role, Tensor]) -> Loss:
         """The excess at N points."""
         current, reference = widened(velocity[Role.CURRENT]), widened(velocity[Role.REFERENCE].detach())
-        size = latent_mean(reference.square()).clamp_min(torch.finfo(current.dtype).tiny)
-        squared = latent_mean(current.square()) / size
+        size = latent_mean(reference.square())
+        squared = torch.where(size > NOTHING, latent_mean(current.square()) / size.clamp_min(NOTHING), 0)
         bound = 1 + self.options.margin
         above = squared > bound**2  # the root has no gradient at 0, and is not needed there
         excess = torch.where(above, squared, squared.new_ones(()) * (bound + 1) ** 2).sqrt() - bound
