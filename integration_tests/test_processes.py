@@ -1,4 +1,4 @@
-"""`velatura run --processes 2`: two real processes under torch's launcher do what one does."""
+"""`velatura run --processes 2`: two real processes do what one does, also with sharded weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 TINY = Path(__file__).with_name("recipes") / "tiny.yaml"
@@ -24,17 +25,26 @@ UNEVEN = ("engine.kind=deepspeed", "stages.teacher_t2i.micro_batch=4", "stages.t
 TRAINED = ("warm", "teacher_t2i", "teacher_edit", "student")
 COUNTED = ("rows/forward", "rows/gradient")
 """What a process adds when it has run out of work."""
+NOTHING_STAYS = "{zero_optimization: {stage3_param_persistence_threshold: 0}}"
+"""Else ZeRO 3 does not shard parameters as small as these."""
+RUNS = {
+    "one": ("--processes", "1"),
+    "two": ("--processes", "2"),
+    "zero 3": ("--processes", "2", "engine.zero_stage=3", "engine.offload_optimizer=true",
+               f"engine.raw={NOTHING_STAYS}"),
+}  # fmt: skip
+OTHERS = ["two", "zero 3"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, velatura: Run) -> dict[int, Path]:
-    """Number of processes -> run folder of the tiny recipe."""
+def runs(tmp_path_factory: pytest.TempPathFactory, velatura: Run) -> dict[str, Path]:
+    """Name -> run folder of the tiny recipe."""
     found = {}
-    for processes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"processes-{processes}")
+    for name, arguments in RUNS.items():
+        folder = tmp_path_factory.mktemp("processes")
         shutil.copy(TINY, folder / "tiny.yaml")
-        velatura("run", "tiny.yaml", *UNEVEN, "--processes", processes, cwd=folder)
-        found[processes] = folder / "runs" / "tiny"
+        velatura("run", "tiny.yaml", *UNEVEN, *arguments, cwd=folder)
+        found[name] = folder / "runs" / "tiny"
     return found
 
 
@@ -42,20 +52,22 @@ def metrics(run: Path, stage: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("stage", TRAINED)
-def test_two_processes_learn_what_one_learns(runs: dict[int, Path], stage: str) -> None:
+def test_two_processes_learn_what_one_learns(runs: dict[str, Path], stage: str, other: str) -> None:
     """Up to the order of sums in fp32, grown by Adam over a few updates."""
-    one, two = (load_file(runs[n] / stage / "weights.safetensors") for n in (1, 2))
+    one, two = (load_file(runs[name] / stage / "weights.safetensors") for name in ("one", other))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
-    start = load_file(runs[1] / "warm" / "weights.safetensors")
+    start = load_file(runs["one"] / "warm" / "weights.safetensors")
     moved = max(float((one[name] - start[name]).abs().max()) for name in one)
     assert stage == "warm" or moved > 1e-3, "the stage has to move the weights further than rounding does"
 
 
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("stage", TRAINED)
-def test_metrics_are_of_all_processes(runs: dict[int, Path], stage: str) -> None:
-    one, two = metrics(runs[1], stage), metrics(runs[2], stage)
+def test_metrics_are_of_all_processes(runs: dict[str, Path], stage: str, other: str) -> None:
+    one, two = metrics(runs["one"], stage), metrics(runs[other], stage)
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
@@ -67,15 +79,15 @@ def test_metrics_are_of_all_processes(runs: dict[int, Path], stage: str) -> None
 
 
 @pytest.mark.parametrize("stage", ["curate_t2i", "curate_edit"])
-def test_the_same_prompts_are_kept(runs: dict[int, Path], stage: str) -> None:
-    one, two = (pq.read_table(runs[n] / stage / "ledger.parquet").to_pydict() for n in (1, 2))
+def test_the_same_prompts_are_kept(runs: dict[str, Path], stage: str) -> None:
+    one, two = (pq.read_table(runs[n] / stage / "ledger.parquet").to_pydict() for n in ("one", "two"))
     assert one["keep"] == two["keep"]
     assert one["prompt_id"] == two["prompt_id"]
     np.testing.assert_allclose(one["range"], two["range"], rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_over_processes_is_evaluation_on_one(runs: dict[int, Path]) -> None:
-    one, two = (pq.read_table(runs[n] / "compare" / "samples.parquet").to_pydict() for n in (1, 2))
+def test_evaluation_over_processes_is_evaluation_on_one(runs: dict[str, Path]) -> None:
+    one, two = (pq.read_table(runs[n] / "compare" / "samples.parquet").to_pydict() for n in ("one", "two"))
     assert one.keys() == two.keys()
     for name in ("model", "route", "prompt_id", "seed", "text"):
         assert one[name] == two[name]
@@ -84,20 +96,34 @@ def test_evaluation_over_processes_is_evaluation_on_one(runs: dict[int, Path]) -
         a, b = ([table[name][i] for i in first] for table in (one, two))
         assert [v is None for v in a] == [v is None for v in b]
         np.testing.assert_allclose([v for v in a if v is not None], [v for v in b if v is not None], atol=0.02)
-    images = [np.load(runs[n] / "compare" / "images" / "warm" / "t2i.npz")["images"].astype(int) for n in (1, 2)]
+    drawn = [runs[n] / "compare" / "images" / "warm" / "t2i.npz" for n in ("one", "two")]
+    images = [np.load(path)["images"].astype(int) for path in drawn]
     assert images[0].shape == images[1].shape
     assert np.abs(images[0] - images[1]).max() <= 2  # of 255
 
 
-def test_one_process_shows_and_every_other_has_a_log(runs: dict[int, Path]) -> None:
-    assert not (runs[1] / "logs").exists()
-    assert [path.name for path in (runs[2] / "logs").iterdir()] == ["process-1.log"]
-    assert "teacher_t2i" in (runs[2] / "logs" / "process-1.log").read_text()
+def test_one_process_shows_and_every_other_has_a_log(runs: dict[str, Path]) -> None:
+    assert not (runs["one"] / "logs").exists()
+    assert [path.name for path in (runs["two"] / "logs").iterdir()] == ["process-1.log"]
+    assert "teacher_t2i" in (runs["two"] / "logs" / "process-1.log").read_text()
 
 
-def test_a_recipe_goes_on_with_another_number_of_processes(runs: dict[int, Path], velatura: Run) -> None:
-    again = velatura("run", "tiny.yaml", *UNEVEN, cwd=runs[2].parent.parent)
-    assert again.stdout.count("finished before and unchanged") == len(list(runs[2].glob("*/manifest.json")))
+def test_a_checkpoint_of_two_processes_is_in_parts_and_its_weights_in_one_file(runs: dict[str, Path]) -> None:
+    for stage, inference in (("warm", "set-ema"), ("teacher_t2i", "policy"), ("student", "policy")):
+        newest = max((runs["zero 3"] / stage / "checkpoints").iterdir())
+        names = {path.name for path in newest.iterdir()}
+        assert {"optimizer.1-of-2.safetensors", "optimizer.2-of-2.safetensors", "random-1.safetensors"} <= names
+        assert ("prompts.parquet" in names) == (stage == "teacher_t2i")
+        state = json.loads((newest / "state.json").read_text())["content"]["state"]
+        assert state["inference"] == inference
+        assert set(state["facts"].get("teachers", {})) == ({"t2i", "edit"} if stage == "student" else set())
+        saved, final = load_file(newest / f"{inference}.safetensors"), runs["zero 3"] / stage / "weights.safetensors"
+        assert all(torch.equal(saved[name], value) for name, value in load_file(final).items())
+
+
+def test_a_recipe_goes_on_with_another_number_of_processes(runs: dict[str, Path], velatura: Run) -> None:
+    again = velatura("run", "tiny.yaml", *UNEVEN, cwd=runs["two"].parent.parent)
+    assert again.stdout.count("finished before and unchanged") == len(list(runs["two"].glob("*/manifest.json")))
 
 
 def test_a_mistake_is_told_once(tmp_path: Path, velatura: Run) -> None:
@@ -145,12 +171,13 @@ def processes_of(run: Path) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_killed_process_ends_the_run_which_then_goes_on(tmp_path: Path, velatura: Run) -> None:
-    """The second process is killed in the middle of reinforcement learning; nothing hangs, and the result is whole."""
+    """The second process is killed in the middle of reinforcement learning with ZeRO 3; nothing hangs, and one process
+    with ZeRO 1 finishes it."""
     shutil.copy(TINY, tmp_path / "tiny.yaml")
     run = tmp_path / "runs" / "tiny"
     arguments = ["run", "tiny.yaml", "engine.kind=deepspeed", "stages.teacher_t2i.steps=40"]
-    arguments += ["stages.teacher_t2i.checkpoint_every=1", "--processes", "2"]
-    command = [str(Path(sys.executable).with_name("velatura")), *arguments]
+    arguments += ["stages.teacher_t2i.checkpoint_every=1", f"engine.raw={NOTHING_STAYS}"]
+    command = [str(Path(sys.executable).with_name("velatura")), *arguments, "engine.zero_stage=3", "--processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

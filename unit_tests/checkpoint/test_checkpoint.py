@@ -134,7 +134,7 @@ DAMAGE = [
     ("state.json", Path.unlink, "missing"),
     ("state.json", truncate, "not the JSON that was written"),
     ("state.json", alter, "SHA-256 differs"),
-    ("state.json", age, "format 99, this Velatura reads format 1"),
+    ("state.json", age, "format 99, this Velatura reads formats 1 to 2"),
 ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,21 @@ from velatura.core.engine import Engine, EngineConfig, OptimizerConfig, make_eng
 from velatura.core.engine.local import check_precision
 from velatura.core.errors import CheckpointError, VelaturaError
 
+SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}}
+"""Else ZeRO 3 leaves parameters as small as these where they are, and hides its mistakes."""
 CONFIGS = {
     "local": EngineConfig(kind="local", device="cpu"),
     "zero-0": EngineConfig(zero_stage=0, device="cpu"),
     "zero-1": EngineConfig(zero_stage=1, device="cpu"),
     "zero-2": EngineConfig(zero_stage=2, device="cpu"),
+    "zero-3": EngineConfig(zero_stage=3, device="cpu", raw=SMALL),
+    "zero-2-offload": EngineConfig(zero_stage=2, device="cpu", offload_optimizer=True),
+    "zero-3-offload": EngineConfig(zero_stage=3, device="cpu", offload_optimizer=True, offload_weights=True, raw=SMALL),
     "local-bf16": EngineConfig(kind="local", precision="bf16", device="cpu"),
     "zero-1-bf16": EngineConfig(zero_stage=1, precision="bf16", device="cpu"),
     "zero-2-bf16": EngineConfig(zero_stage=2, precision="bf16", device="cpu"),
+    "zero-2-offload-bf16": EngineConfig(zero_stage=2, precision="bf16", device="cpu", offload_optimizer=True),
+    "zero-3-bf16": EngineConfig(zero_stage=3, precision="bf16", device="cpu", raw=SMALL),
 }
 
 
@@ -34,6 +42,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.whole: Callable[..., AbstractContextManager[None]] = lambda write=False: nullcontext()
         self.frozen = nn.Linear(5, 7).requires_grad_(False)
         self.first = nn.Linear(7, 11)
         self.norm = nn.LayerNorm(11)
@@ -74,7 +83,9 @@ def make(request: pytest.FixtureRequest) -> Make:
 def engine_of(kind: str, **options: object) -> tuple[Net, Engine]:
     net = new_net()
     optimizer = replace(OptimizerConfig(lr=1e-2, clip_norm=0.5, weight_decay=0.1), **options)
-    return net, make_engine(net, CONFIGS[kind], optimizer)
+    engine = make_engine(net, CONFIGS[kind], optimizer)
+    net.whole = engine.whole
+    return net, engine
 
 
 def train(engine: Engine, steps: range) -> None:
@@ -86,8 +97,14 @@ def train(engine: Engine, steps: range) -> None:
         engine.step()
 
 
-def weights(net: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in net.named_parameters()}
+def weights(net: Net) -> dict[str, Tensor]:
+    with net.whole():
+        return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def put(net: Net, tensors: Mapping[str, Tensor]) -> None:
+    with net.whole(write=True):
+        net.load_state_dict(dict(tensors))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -142,21 +159,21 @@ def test_the_first_update_is_adamw_of_the_clipped_gradient(make: Make) -> None:
     for name, g in gradients.items():
         clipped = g * 0.25 / (norm + 1e-6)
         expected = before[name].float() * (1 - 0.5 * 0.1) - 0.5 * clipped / (clipped.abs() + 1.0)
-        got = dict(net.named_parameters())[name].detach()
+        got = weights(net)[name]
         torch.testing.assert_close(
             got, expected.to(got.dtype), rtol=1e-2 if got.dtype != torch.float32 else 1e-5, atol=1e-6
         )
-    assert torch.equal(net.frozen.weight, before["frozen.weight"])
+    assert torch.equal(weights(net)["frozen.weight"], before["frozen.weight"])
 
 
 def test_a_parameter_that_took_no_part_has_a_zero_gradient_and_still_decays(make: Make) -> None:
     net, engine = make(lr=0.1, weight_decay=0.5)
-    before = net.extra.weight.detach().clone()
+    before = weights(net)["extra.weight"]
     engine.backward(loss(engine, batch(0), extra=False), last=True)
     assert not dict(engine.gradients())["extra.weight"].any()
     engine.step()
     torch.testing.assert_close(
-        net.extra.weight.detach(), (before.float() * 0.95).to(before.dtype), rtol=1e-2, atol=1e-6
+        weights(net)["extra.weight"], (before.float() * 0.95).to(before.dtype), rtol=1e-2, atol=1e-6
     )
 
 
@@ -197,14 +214,15 @@ def test_weights_lent_for_a_frozen_forward_leave_training_unchanged_bit_for_bit(
     net, engine = make()
     other, untouched = make()
     for step in range(3):
-        own = {p: p.data for p in net.parameters()}
-        for p in net.parameters():
-            p.data = torch.full_like(p, 0.5)
-        with torch.no_grad():
-            lent = engine.module(batch(step))
-        for p, data in own.items():
-            p.data = data
-        assert not torch.allclose(lent, net(batch(step)).detach())
+        with engine.whole():
+            own = {p: p.data for p in net.parameters()}
+            for p in net.parameters():
+                p.data = torch.full_like(p, 0.5)
+            with torch.no_grad():
+                lent = engine.module(batch(step))
+            for p, data in own.items():
+                p.data = data
+            assert not torch.allclose(lent, net(batch(step)).detach())
         train(engine, range(step, step + 1))
         train(untouched, range(step, step + 1))
     assert same(weights(net), weights(other))
@@ -239,13 +257,13 @@ def test_two_forwards_may_share_one_backward(make: Make) -> None:
 def test_a_resumed_run_is_the_run_that_was_never_stopped_bit_for_bit(make: Make, tmp_path: Path) -> None:
     net, engine = make(schedule="cosine", warmup=2, total=8)
     train(engine, range(7))
-    _, stopped = make(schedule="cosine", warmup=2, total=8)
+    stopped_net, stopped = make(schedule="cosine", warmup=2, total=8)
     train(stopped, range(4))
-    sections = {"policy": stopped.module.state_dict(), "optimizer": stopped.state_dict()}
+    sections = {"policy": weights(stopped_net), "optimizer": stopped.state_dict()}
     saved = load_checkpoint(save_checkpoint(tmp_path, 4, sections, {}, keep=1))
     resumed_net, resumed = make(schedule="cosine", warmup=2, total=8)
     train(resumed, range(20, 22))  # whatever it held is replaced
-    resumed_net.load_state_dict({k.removeprefix("module."): v for k, v in saved.tensors["policy"].items()})
+    put(resumed_net, saved.tensors["policy"])
     resumed.load_state_dict(saved.tensors["optimizer"])
     train(resumed, range(4, 7))
     assert same(weights(resumed_net), weights(net))
@@ -267,7 +285,7 @@ def test_the_state_of_one_engine_is_read_by_every_other(make: Make) -> None:
     bf16 = net.last.weight.dtype == torch.bfloat16
     for name in [name for name in CONFIGS if name.endswith("bf16") == bf16 and name != SLOW_TO_MAKE]:
         other, reader = engine_of(name)
-        other.load_state_dict(net.state_dict())
+        put(other, weights(net))
         reader.load_state_dict(engine.state_dict())
         assert same(reader.state_dict(), engine.state_dict())
 
@@ -331,7 +349,7 @@ def test_bf16_at_stage_1_skips_forgets_and_resumes_like_the_rest() -> None:
     train(untouched, range(2))
     assert same(weights(net) | engine.state_dict(), weights(other) | untouched.state_dict())
     resumed_net, resumed = engine_of(SLOW_TO_MAKE)
-    resumed_net.load_state_dict(net.state_dict())
+    put(resumed_net, weights(net))
     resumed.load_state_dict(engine.state_dict())
     train(resumed, range(2, 4))
     train(untouched, range(2, 4))
@@ -342,7 +360,8 @@ def test_bf16_at_stage_1_skips_forgets_and_resumes_like_the_rest() -> None:
     ("config", "message"),
     [
         (EngineConfig(precision="bf16", zero_stage=0), "Use zero_stage 1"),
-        (EngineConfig(zero_stage=3), "Use 2"),
+        (EngineConfig(zero_stage=1, offload_optimizer=True), "Use zero_stage 2"),
+        (EngineConfig(zero_stage=2, offload_weights=True), "Use zero_stage 3"),
         (EngineConfig(device="cpu", raw={"zero_optimization": {"stage": 2}}), "set engine.zero_stage instead"),
         (EngineConfig(kind="local", raw={"steps_per_print": 1}), "Remove one of them"),
         (EngineConfig(kind="local", device="cuda:9"), "no CUDA device"),

@@ -286,17 +286,21 @@ def test_zero_divides_what_its_stage_divides() -> None:
     net = nn.Linear(1000, 1000, bias=False)
     count, world = 1_000_000, 8
 
-    def sizes(stage: int) -> dict[str, int]:
-        sharding = Sharding(kind="deepspeed", zero_stage=stage, world_size=world, precision="bf16")
-        plan = MemoryPlan.of(engine_parts(net, 2 * count, sharding, "adamw"), world)
-        return {part.name: part.size or 0 for part in plan.parts}
+    def plan_of(stage: int, *, offload: bool = False) -> MemoryPlan:
+        sharding = Sharding(kind="deepspeed", zero_stage=stage, world_size=world, precision="bf16",
+                            offload_optimizer=offload, offload_weights=offload)  # fmt: skip
+        return MemoryPlan.of(engine_parts(net, 2 * count, sharding, "adamw"), world)
 
-    one, two, three = sizes(1), sizes(2), sizes(3)
+    one, two, three = ({part.name: part.size or 0 for part in plan_of(stage).parts} for stage in (1, 2, 3))
     assert [each["transformer weights"] for each in (one, two, three)] == [2 * count, 2 * count, 2 * count // world]
     assert [each["gradients"] for each in (one, two, three)] == [4 * count, 4 * count // world, 4 * count // world]
     for each in (one, two, three):
         assert each["masters in fp32"] == 4 * count // world
         assert each["moments of adamw"] == 8 * count // world
+    shares = (2 + 4 + 8) * count // world  # weights, masters, moments
+    assert plan_of(3).during("rollout") == shares + 2 * count, "rollouts have all weights beside the shares"
+    assert plan_of(3, offload=True).during("rollout") == 2 * count
+    assert plan_of(3, offload=True).during("update") == plan_of(3).part("gradients on their way").size
 
 
 def test_muon_keeps_one_moment_of_a_matrix() -> None:

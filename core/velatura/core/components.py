@@ -15,6 +15,7 @@ from velatura.core.component import Component as Component
 from velatura.core.component import NoOptions as NoOptions
 from velatura.core.component import O as O
 from velatura.core.component import Options as Options
+from velatura.core.remembering import Remembers
 
 if TYPE_CHECKING:
     import torch
@@ -307,8 +308,7 @@ class ModelAdapter(Component[O]):
         """Write a model that stock libraries load, with `info` (guidance scale, lineage) beside it."""
 
     def fingerprint(self) -> str:
-        """Changes when the weights that `load` starts from do, so that stages made from others are done again. Empty
-        where `describe` names a single file."""
+        """Changes when the weights that `load` starts from do; empty where `describe` names a single file."""
         return ""
 
     def describe(self) -> Mapping[str, Any]:
@@ -316,8 +316,7 @@ class ModelAdapter(Component[O]):
         return {}
 
     def footprint(self, prompt: Prompt) -> Footprint | None:
-        """What `velatura check` measures memory on: the network without its weights, and what it is told of `prompt`.
-        None: not known, and said to be so."""
+        """What `velatura check` measures memory on: the network without weights, and what it is told of `prompt`."""
         return None
 
 
@@ -342,7 +341,7 @@ class Evaluator(Component[O]):
         differences and intervals from them, because only the core knows which model is compared with which."""
 
 
-class Observer(Component[O]):
+class Observer(Remembers, Component[O]):
     """Trackers and callbacks: one no-op method per event. They watch; they cannot change."""
 
     kind: ClassVar[str] = "observer"

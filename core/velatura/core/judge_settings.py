@@ -76,6 +76,7 @@ class JudgeFitStage(Settings):
     )
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
     max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
+    keep_every: Count | None = Field(None, description="Keep also those whose step is a multiple of this.")
     marked_at_once: Count = Field(32, description="Pictures in one forward of a measurement.")
     near: Positive = Field(0.8, le=1, description="Jaccard index of 5-letter pieces above which texts are one cluster.")
 

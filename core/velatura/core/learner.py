@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -126,19 +127,14 @@ class Learner:
         if self.guard is not None:
             self.guard.next_update()
         tally = Tally()
-        last, rank = len(batches) - 1, self.engine.rank
-        frozen = self.frozen(batches, tally)
-        for i, batch in enumerate(batches):
-            loss = self.accumulate(batch, tally, last=i == last, frozen=frozen[i])
-            if (fault := fault_of(rank, i, batch, loss)) is not None:
-                tally.faults.append(fault)
+        frozen = self.accumulate_all(batches, tally)
         tally = self._of_all_ranks(tally)
         if tally.faults:
             self.engine.zero_grad()
         else:
             info = self.engine.step()
             if not info.updated:
-                tally.faults.append(Fault(rank, None, "the gradient is not finite"))
+                tally.faults.append(Fault(self.engine.rank, None, "the gradient is not finite"))
         if tally.faults:
             if self.guard is not None:
                 self.guard.refuse(tally.faults, batches, frozen)
@@ -146,6 +142,18 @@ class Learner:
         self.policy.changed()
         tally.metrics |= {"grad_norm": info.grad_norm, "lr": info.lr, "updated": 1.0}
         return tally
+
+    def accumulate_all(self, batches: Sequence[MicroBatch], tally: Tally) -> list[Frozen]:
+        """Forwards and backwards of one optimiser step, up to its last; as many micro-batches on every rank. Returns
+        the velocities of the roles without gradient."""
+        last = len(batches) - 1
+        known = self.frozen(batches, tally)
+        with self._fetched(batches):
+            for i, (batch, frozen) in enumerate(zip(batches, known, strict=True)):
+                loss = self.accumulate(batch, tally, last=i == last, frozen=frozen)
+                if (fault := fault_of(self.engine.rank, i, batch, loss)) is not None:
+                    tally.faults.append(fault)
+        return known
 
     def even(self, batches: Sequence[MicroBatch], spare: Callable[[], MicroBatch]) -> list[MicroBatch]:
         """As many micro-batches as the rank that has most: DeepSpeed waits for every rank in every backward.
@@ -155,6 +163,20 @@ class Learner:
         most = max(self.engine.gather_object(len(batches)))
         missing = most - len(batches)
         return [*batches, *([idle(batches[0] if batches else spare())] * missing if missing else ())]
+
+    def _fetched(self, batches: Sequence[MicroBatch]) -> AbstractContextManager[None]:
+        """Sharded weights come layer by layer while all ranks do the same. Where these do not, one with an edit and one
+        without, or one under guidance, each has all weights meanwhile. Collective."""
+        if not self.engine.shards_weights or self.engine.world_size == 1:
+            return nullcontext()
+        own = [
+            (len(batch.prompts[0].sources), bool((self._scale(Role.CURRENT, batch) != 1).any())) for batch in batches
+        ]
+        kinds = self.engine.gather_object(own)
+        return nullcontext() if all(kind == kinds[0] for kind in kinds) else self.engine.whole()
+
+    def _scale(self, role: Role, batch: MicroBatch) -> Tensor:
+        return self.guidance.scale(role, batch.points.t)
 
     def _of_all_ranks(self, mine: Tally) -> Tally:
         """Sums over ranks: weights of points are shares of the whole step."""
@@ -215,12 +237,13 @@ class Learner:
                 if identity not in known[i]:
                     known[i][identity] = None  # until its set is worn
                     jobs.setdefault(self._set(role, batch), []).append((i, role))
-        for name, own in jobs.items():
-            with self.policy.on_device(name, self.engine.device), self.policy.wearing(name) as net:
-                for i, whose in own:
-                    cond = self.encoder.cond(batches[i].prompts)
-                    known[i][asked[i][whose]], rows = self._velocity(net, batches[i], cond, whose)
-                    tally.forward_rows += rows
+        with self.engine.whole() if roles else nullcontext():
+            for name, own in jobs.items():
+                with self.policy.on_device(name, self.engine.device), self.policy.wearing(name) as net:
+                    for i, whose in own:
+                        cond = self.encoder.cond(batches[i].prompts)
+                        known[i][asked[i][whose]], rows = self._velocity(net, batches[i], cond, whose)
+                        tally.forward_rows += rows
         return [{role: known[i][asked[i][role]] for role in roles} for i in range(len(batches))]
 
     def _set(self, role: Role, batch: MicroBatch) -> str:
@@ -244,11 +267,11 @@ class Learner:
 
     def _identity(self, role: Role, name: str, batch: MicroBatch) -> Identity:
         """Equal for two roles exactly when their velocities at these points must be equal."""
-        return self.policy.version(name), tuple(self.guidance.scale(role, batch.points.t).tolist())
+        return self.policy.version(name), tuple(self._scale(role, batch).tolist())
 
     def _velocity(self, net: nn.Module, batch: MicroBatch, cond: Conditioning, role: Role) -> tuple[Tensor, int]:
         alive(f"a forward of role {role.value}")
-        points, scale = batch.points, self.guidance.scale(role, batch.points.t)
+        points, scale = batch.points, self._scale(role, batch)
         null = None
         if bool((scale != 1).any()):
             null = self.adapter.prepare(net, self.encoder.null(batch.prompts))

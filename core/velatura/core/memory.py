@@ -23,6 +23,8 @@ BUCKET = 500_000_000
 """Numbers in a bucket of gradients that DeepSpeed's processes exchange, at most."""
 PHASES = ("encode", "rollout", "decode", "others", "update", "step")
 """Of a round: prompts, samples, pictures, forwards of other roles, forwards and backwards, the optimiser's step."""
+GATHERED = ("encode", "rollout", "decode", "others")
+"""When ZeRO 3 has all weights on every GPU; updates fetch block by block."""
 GPU, CPU, USED = "GPU", "CPU", "GPU while used"
 
 
@@ -86,12 +88,17 @@ class Sharding:
     zero_stage: int = 0
     world_size: int = 1
     precision: str = "fp32"
+    offload_optimizer: bool = False
+    offload_weights: bool = False
 
     @classmethod
     def of(cls, engine: Engine, world_size: int = 1) -> Sharding:
         """That of a recipe's engine."""
         stage = engine.zero_stage if engine.kind == "deepspeed" else 0
-        return cls(kind=engine.kind, zero_stage=stage, world_size=world_size, precision=engine.precision)
+        return cls(
+            kind=engine.kind, zero_stage=stage, world_size=world_size, precision=engine.precision,
+            offload_optimizer=engine.offload_optimizer, offload_weights=engine.offload_weights,
+        )  # fmt: skip
 
     def share(self, size: int, stage: int) -> int:
         """Of `size` bytes what one process has, of something that is divided from ZeRO `stage` on."""
@@ -122,18 +129,22 @@ def engine_parts(net: nn.Module, weights: int, sharding: Sharding, optimizer: st
     layers = [sum(p.numel() for p in part.parameters()) for part in net.modules() if isinstance(part, nn.ModuleList)
               for part in part]  # fmt: skip
     each = weights // max(1, sum(p.numel() for p in net.parameters()))
-    gathered = 2 * each * max(layers, default=0) if sharding.zero_stage == 3 else 0
+    dealt = sharding.zero_stage == 3
+    away = CPU if sharding.offload_optimizer else GPU
+    used = CPU if sharding.offload_optimizer else USED
     return [
-        Part(name="transformer weights", size=sharding.share(weights, 3)),
-        Part(name="a block gathered from all GPUs, and the next", size=gathered, where=USED,
-             phases=("rollout", "others", "update")),
-        Part(name="masters in fp32", size=sharding.masters(trained)),
-        Part(name=f"moments of {optimizer}", size=sharding.share(FP32 * (2 * trained - matrices), 1)),
-        Part(name="gradients", size=sharding.gradients(trained), where=GPU if kept else USED,
+        Part(name="transformer weights", size=sharding.share(weights, 3),
+             where=CPU if sharding.offload_weights else GPU),
+        Part(name="all weights, gathered from all GPUs", size=weights if dealt else 0, where=USED, phases=GATHERED),
+        Part(name="a block gathered from all GPUs, and the next", size=2 * each * max(layers, default=0) * dealt,
+             where=USED, phases=("update",)),
+        Part(name="masters in fp32", size=sharding.masters(trained), where=away),
+        Part(name=f"moments of {optimizer}", size=sharding.share(FP32 * (2 * trained - matrices), 1), where=away),
+        Part(name="gradients", size=sharding.gradients(trained), where=GPU if kept else used,
              phases=PHASES if kept else ("update", "step")),
         Part(name="gradients on their way", size=sharding.bucket(trained), where=USED,
              phases=("update", "step") if sharding.zero_stage > 1 else ("step",)),
-        Part(name="gradients of the own share, once more", size=flat, where=USED, phases=("step",)),
+        Part(name="gradients of the own share, once more", size=flat, where=used, phases=("step",)),
     ]  # fmt: skip
 
 

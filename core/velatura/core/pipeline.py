@@ -40,10 +40,13 @@ RESULTS = (
 )
 """Files whose content is a stage's result, for the stages that build on it."""
 EXPORTED = "model/**/*.safetensors"
-WATCHING = ("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "max_failed", "max_skipped")
+WATCHING = (
+    *("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "keep_every"),
+    *("max_failed", "max_skipped"),
+)
 """Options of a stage that its result does not depend on."""
-ALIKE = ("threads", "timeout")
-"""The same of the engine."""
+SPREAD = ("threads", "timeout", "zero_stage", "offload_optimizer", "offload_weights")
+"""Options of the engine that results do not depend on, or by rounding alone: a run goes on with other ones."""
 LIBRARIES = ("torch", "diffusers", "deepspeed", "transformers", "numpy", "scipy")
 
 
@@ -129,7 +132,8 @@ def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
     options = {key: value for key, value in plan.resolved["stages"][name].items() if key not in WATCHING}
     inputs = {f"option {key}": content_hash(lasting(plan.registry, key, value)) for key, value in options.items()}
     inputs["seed"] = content_hash(recipe.seed)
-    inputs["engine"] = content_hash({k: v for k, v in plan.resolved["engine"].items() if k not in ALIKE})
+    counted = {k: v for k, v in plan.resolved["engine"].items() if k not in SPREAD}
+    inputs["engine"] = content_hash(counted | {"zero_stage": 1})  # as it was hashed when stages were told apart
     inputs["velatura"] = content_hash(__version__)
     for dependency in recipe.dependencies(name):
         inputs[f"result of {dependency}"] = result_hash(plan.folder / dependency)

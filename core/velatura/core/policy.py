@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 
 import torch
@@ -28,6 +28,9 @@ class Policy:
         self.net = net
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.sets: dict[str, dict[str, Tensor]] = {}
+        self.gathered: Callable[..., AbstractContextManager[None]] = _always_there
+        """`Engine.whole` of the engine that may have dealt out the weights."""
+        self._shapes = {name: torch.empty(p.shape, device="meta") for name, p in self.parameters.items()}
         self._clock = count(1)
         self._version: dict[str, int] = {CURRENT: 0, START: 0}
         trained = sum(p.numel() for p in self.parameters.values())
@@ -35,16 +38,17 @@ class Policy:
         """Whether most of the network is trained, so that a set is a copy of it."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The current trained tensors, detached, not copied."""
+        """The current trained tensors, detached, not copied. Call it inside `gathered`."""
         return {name: p.detach() for name, p in self.parameters.items()}
 
     def remember(self, name: str, *, follows: bool = True) -> None:
         """Keep a copy of the current weights under `name`. One that `follows` is fp32, because a slow average would
         stand still in bf16; one that stays is in the network's own precision, and so is worn without any copy."""
-        self.sets[name] = {
-            key: value.to(self._home(value), torch.float32 if follows else value.dtype, copy=True)
-            for key, value in self.weights().items()
-        }
+        with self.gathered():
+            self.sets[name] = {
+                key: value.to(self._home(value), torch.float32 if follows else value.dtype, copy=True)
+                for key, value in self.weights().items()
+            }
         self._version[name] = self._version[CURRENT]
 
     def put(
@@ -61,10 +65,10 @@ class Policy:
         Raises:
             CheckpointError: they are of another model; the message names the first difference.
         """
-        match_tensors(self.weights(), tensors, what=what)
+        match_tensors(self._shapes, tensors, what=what)
         self.sets[name] = {
             key: tensors[key].to(device or self._home(value), torch.float32 if follows else value.dtype)
-            for key, value in self.weights().items()
+            for key, value in self.parameters.items()
         }
         self._version[name] = next(self._clock)
 
@@ -82,8 +86,8 @@ class Policy:
         Raises:
             CheckpointError: the tensors are of another model.
         """
-        match_tensors(self.weights(), tensors, what=what)
-        with torch.no_grad():
+        match_tensors(self._shapes, tensors, what=what)
+        with self.gathered(write=True), torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
         self.changed()
@@ -104,7 +108,7 @@ class Policy:
         """name <- decay * name + (1 - decay) * current."""
         if self.same(name, CURRENT):
             return
-        with torch.no_grad():
+        with self.gathered(), torch.no_grad():
             for key, value in self.weights().items():
                 kept = self.sets[name][key]
                 if decay == 0:
@@ -121,7 +125,7 @@ class Policy:
     def wearing(self, name: str) -> Iterator[nn.Module]:
         """The network with the weights of `name`; no gradient inside, and never around a backward pass."""
         if name == CURRENT or self.same(name, CURRENT):
-            with torch.no_grad():
+            with self.gathered(), torch.no_grad():
                 yield self.net
             return
         with self.forced(name) as net:
@@ -131,16 +135,20 @@ class Policy:
     def forced(self, name: str) -> Iterator[nn.Module]:
         """Like `wearing`, but without trusting that sets known to be equal are (the self-check asks)."""
         if name == CURRENT:
-            with torch.no_grad():
+            with self.gathered(), torch.no_grad():
                 yield self.net
             return
-        worn = self.sets[name]
+        with self.gathered(), self._lent(self.sets[name]), torch.no_grad():
+            yield self.net
+
+    @contextmanager
+    def _lent(self, worn: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other tensors in the places of the trained ones."""
         own = {key: p.data for key, p in self.parameters.items()}
         try:
             for key, parameter in self.parameters.items():
                 parameter.data = worn[key].to(parameter)
-            with torch.no_grad():
-                yield self.net
+            yield
         finally:
             for key, parameter in self.parameters.items():
                 parameter.data = own[key]
@@ -160,3 +168,8 @@ class Policy:
             yield
         finally:
             self.sets[name] = kept
+
+
+def _always_there(*, write: bool = False) -> AbstractContextManager[None]:
+    """Without an engine that deals them out, weights are whole."""
+    return nullcontext()

@@ -44,11 +44,13 @@ def self_check(learner: Learner, batch: MicroBatch, grids: Sequence[Tensor] = ()
     _check_lora(learner)
     if grids:
         _check_times(batch, grids)
-        _check_likelihood(learner, batch)
     _check_path(batch)
-    _check_roles(learner, batch)
-    if learner.objective.requires.advantage and learner.objective.requires.contrast:
-        _check_zero_advantage(learner, batch)
+    with learner.engine.whole():  # ranks may check batches of different kinds
+        if grids:
+            _check_likelihood(learner, batch)
+        _check_roles(learner, batch)
+        if learner.objective.requires.advantage and learner.objective.requires.contrast:
+            _check_zero_advantage(learner, batch)
 
 
 def _check_lora(learner: Learner) -> None:

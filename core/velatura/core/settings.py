@@ -29,8 +29,12 @@ class Engine(Settings):
 
     kind: Literal["deepspeed", "local"] = Field("deepspeed", description="`local` is plain torch in one process.")
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)] = Field(
-        1, description="What DeepSpeed spreads over processes: 1 optimiser states, 2 also gradients."
+        1, description="What DeepSpeed spreads over processes: 1 optimiser states, 2 also gradients, 3 also weights."
     )
+    offload_optimizer: bool = Field(
+        False, description="Keep masters and moments on the CPU, which then takes the step; with zero_stage 2 or 3."
+    )
+    offload_weights: bool = Field(False, description="Keep the shards of zero_stage 3 on the CPU.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the network; latents and losses stay fp32.")
     threads: Count | None = Field(
         None, description="CPU threads, shared by the processes of a machine; torch decides when left out."
@@ -51,9 +55,14 @@ class Engine(Settings):
         return value
 
     @model_validator(mode="after")
-    def _shards_weights(self) -> Engine:
-        if self.zero_stage == 3:
-            raise ValueError("zero_stage 3 (sharded weights) is not supported yet. Use 1 or 2")
+    def _offload_needs_shards(self) -> Engine:
+        for name, stage in (("offload_optimizer", 2), ("offload_weights", 3)):
+            if getattr(self, name) and (self.kind != "deepspeed" or self.zero_stage < stage):
+                there = f"zero_stage {self.zero_stage}" if self.kind == "deepspeed" else "plain torch"
+                raise ValueError(
+                    f"{name} does not go with {there}: it needs kind deepspeed with zero_stage {stage} or higher. Set "
+                    f"zero_stage: {stage}, or leave it out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -186,6 +195,7 @@ class RLStage(Settings):
     pictures_every: Count = Field(10, description="Steps between the pictures that show how the model changes.")
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
     max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
+    keep_every: Count | None = Field(None, description="Keep also those whose step is a multiple of this.")
     max_failed: Share = Field(0.05, description="Stop when a larger share of scores failed.")
     probe_prompts: Count = Field(8, description="Prompts whose states under the first policy measure how far it goes.")
     probe_every: Count = Field(10, description="Steps between such measurements.")
@@ -260,6 +270,7 @@ class DistillStage(Settings):
     pictures_every: Count = Field(10, description="Steps between the pictures that show how the model changes.")
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
     max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
+    keep_every: Count | None = Field(None, description="Keep also those whose step is a multiple of this.")
     probe_prompts: Count = Field(32, description="Held-out prompts whose states measure progress.")
     probe_every: Count = Field(10, description="Steps between such measurements.")
 
@@ -347,6 +358,7 @@ class SupervisedStage(Settings):
     )
     keep_checkpoints: Count = Field(2, description="How many checkpoints to keep.")
     max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
+    keep_every: Count | None = Field(None, description="Keep also those whose step is a multiple of this.")
 
     @model_validator(mode="after")
     def _has_time_to_learn(self) -> SupervisedStage:

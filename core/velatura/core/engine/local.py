@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -30,6 +31,7 @@ class LocalEngine:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise VelaturaError("engine.kind 'local' is one process, but a launcher started several. Use 'deepspeed'.")
         self.rank, self.world_size = 0, 1
+        self.shards_weights = False
         self.device = choose_device(config.device)
         self.module = placed(module, self.device, config.precision)
         self._config = optimizer
@@ -45,6 +47,10 @@ class LocalEngine:
         if matrices:
             share = optimizer.matrix_lr / optimizer.lr
             self._optimizers.append((muon(list(matrices.values()), optimizer), share, MOMENTUM, matrices))
+
+    def whole(self, *, write: bool = False) -> AbstractContextManager[None]:
+        """Nothing to do: weights are whole."""
+        return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`."""
@@ -91,8 +97,8 @@ class LocalEngine:
     def barrier(self) -> None:
         """There is nobody to wait for."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Moments, fp32 masters where the module is bf16, and the count of updates."""
+    def state_dict(self, keep: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+        """Moments, fp32 masters where the module is bf16, and the count of updates; of these what to `keep`."""
         state = {"updates": torch.tensor(self._updates)}
         for updater, _, moments, owned in self._optimizers:
             for name, master in owned.items():
@@ -102,7 +108,7 @@ class LocalEngine:
         for name, master in self._masters.items():
             if master is not self._weights[name]:
                 state[f"master/{name}"] = master.detach().cpu().clone()
-        return state
+        return {name: value for name, value in state.items() if keep(name)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`; the module must hold the weights that belong to it."""

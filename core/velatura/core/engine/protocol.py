@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -58,6 +59,10 @@ class EngineConfig:
     kind: Literal["deepspeed", "local"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards: 1 optimiser state, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """Masters and moments live on the CPU, which also takes the step; from stage 2 on."""
+    offload_weights: bool = False
+    """Shards of the weights live on the CPU; stage 3 only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the weights in the forward pass; with bf16 the optimiser keeps an fp32 master copy."""
     threads: int | None = None
@@ -86,6 +91,9 @@ class Engine(Protocol):
 
     The caller may point `p.data` of a parameter at other tensors for a forward without gradient, provided it restores
     the very same tensors before the next `backward`, `step`, `state_dict` or `load_state_dict`.
+
+    Where an engine `shards_weights`, a parameter is empty outside `whole`. Forwards with gradient may stand outside if
+    every rank makes the same ones in the same order; everything else belongs inside.
     """
 
     module: nn.Module
@@ -93,6 +101,12 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    shards_weights: bool
+    """Whether each rank holds only a part of every weight (ZeRO 3)."""
+
+    def whole(self, *, write: bool = False) -> AbstractContextManager[None]:
+        """Inside, this rank has all weights, for as many forwards as it likes, with or without gradient. With `write`,
+        what all ranks have written into them alike, in place, is kept. May be nested; collective where outermost."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`. `last` marks the micro-batch that `step` follows; equal counts on every rank."""
@@ -116,11 +130,11 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait for every rank."""
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, keep: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
         """Moments, master weights where they differ from the module's, and the count of updates; without the weights.
 
         Whole CPU tensors under names that do not depend on the engine or the world size. Collective; every rank gets
-        the same.
+        those whose name it asks to `keep`, which need not be the same ones.
         """
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ from velatura.core.probe import Probe, make_probe, probe_error
 from velatura.core.rollout import Chunk, Sampler, by_layout, rollout
 from velatura.core.seeds import derive, generator
 from velatura.core.selfcheck import self_check
-from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, read_weights, weights_of
+from velatura.core.stages.common import StageRun, Stopwatch, kept_prompts, manifest_of, read_weights, weights_of
 from velatura.core.stages.showcase import Showcase
 from velatura.core.stages.training import Training, loss_note
 from velatura.core.steps import weighted, with_likelihood
@@ -74,7 +74,7 @@ class Loop:
         drawn = {route: next(stream) for route, stream in self.streams.items()}
         if index == self.training.start:
             self.require_same_plan(index, drawn)
-        with watch.phase("rollout"):
+        with watch.phase("rollout"), self.learner.policy.gathered():
             visits = [v for route, prompts in drawn.items() for v in self.visit(index, route, prompts)]
         updates: list[Tally] = []
         with watch.phase("update"):
@@ -92,7 +92,7 @@ class Loop:
             "rows/gradient": float(total.gradient_rows),
         }
         if (index + 1) % config.probe_every == 0 or index + 1 == config.steps or index == 0:
-            with watch.phase("probe"):
+            with watch.phase("probe"), self.learner.policy.gathered():  # the first process alone has probes
                 metrics |= self.probe()
         if (index + 1) % config.pictures_every == 0 or index + 1 == config.steps:
             with watch.phase("pictures"):
@@ -200,6 +200,9 @@ def run(stage: StageRun) -> dict[str, Any]:
             f"teacher/{name}", read_weights(path), what=f"stages.{stage.name}.teachers.{name} ({path})",
             device=torch.device("cpu"),
         )  # fmt: skip
+    made = {name: manifest_of(stage.run_folder, source).get("output") for name, source in config.teachers.items()}
+    training.state_fact("teachers", made)
+    distiller = stage.build("distiller", config.distiller, "distiller")
     guidance = stage.build("guidance", config.guidance, "guidance")
     learner = Learner(
         engine=training.engine,
@@ -219,6 +222,9 @@ def run(stage: StageRun) -> dict[str, Any]:
     check_routes(stage, distiller, prompts)
     share = max(1, config.prompts_per_step // len(prompts))
     stage.ranks.require(share, f"{stage.at('prompts_per_step')} (shared by {len(prompts)} teachers)")
+    with training.policy.gathered():
+        probes = [make_probe(learner, sampler, route, f"teacher/{route}", held_out(stage, route), stage.seed)
+                  for route in prompts if stage.ranks.first]  # fmt: skip
     loop = Loop(
         stage=stage, training=training, learner=learner, distiller=distiller, sampler=sampler,
         timesteps=stage.build("timesteps", config.timesteps, "timesteps"),
@@ -227,10 +233,7 @@ def run(stage: StageRun) -> dict[str, Any]:
                                 start=training.start)
             for route, own in prompts.items()
         },
-        probes=[
-            make_probe(learner, sampler, name, f"teacher/{name}", held_out(stage, name.partition("/")[0]), stage.seed)
-            for name in config.weight_sets if stage.ranks.first
-        ],
+        probes=probes,
         showcases=[Showcase(stage, training.policy, sampler, own, label=route) for route, own in prompts.items()],
     )  # fmt: skip
     if training.start == 0:

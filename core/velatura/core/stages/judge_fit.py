@@ -47,7 +47,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     splits = split_lines(data.lines, data.path.parent, near=config.near, train=config.train_share,
                          calibration=config.calibration_share)  # fmt: skip
     batches = Batches(stage, data, splits)
-    training = Training(stage, sets=(BEST,), policy=Policy(model.load(stage.device)))
+    training = Training(stage, sets=(BEST,), result=BEST, policy=Policy(model.load(stage.device)))
     best = _best_before(stage, training.start)
 
     def step(index: int) -> dict[str, float]:
@@ -63,7 +63,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         return metrics | watch.seconds
 
     training.loop(step, loss_note)
-    result = training.finish(training.policy.sets[BEST])
+    result = training.finish()
     with training.policy.wearing(BEST) as net:
         figures = measured(stage, model, net, data, splits)
         facts = {

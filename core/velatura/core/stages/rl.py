@@ -79,7 +79,7 @@ class Loop:
         own = [prompts[i] for i in dealt[ranks.rank]]
         if index == self.training.start:
             self.require_same_plan(index, prompts)
-        with watch.phase("rollout"):
+        with watch.phase("rollout"), self.learner.policy.gathered():
             made, rollout_rows = self.sample(index, own)
         with watch.phase("judge"):
             judged = self.judge.report(own)
@@ -331,6 +331,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     stage.ranks.require(config.prompts_per_step, stage.at("prompts_per_step"))
     advantage = calibrated_advantage(stage, prompts)
     training.carry("advantage", advantage)
+    training.carry_file(stage.folder / PROMPTS)
     with stage.judge(config.rewards, config.max_failed) as judge:
         require_prepared(advantage, judge.rewards, prompts, stage.at("advantage"))
         loop = Loop(

@@ -31,9 +31,12 @@ class Showcase:
         self.folder = stage.folder / "pictures"
 
     def draw(self, step: int) -> None:
-        """Sample with the current weights and write the grid; captions go to `captions.json`."""
-        if not self.stage.ranks.first:
-            return
+        """Sample with the current weights and write the grid; captions go to `captions.json`. Collective."""
+        with self.policy.gathered():
+            if self.stage.ranks.first:
+                self._draw(step)
+
+    def _draw(self, step: int) -> None:
         seeds = [[derive(self.stage.seed, "showcase", p.id, j) for j in range(SEEDS)] for p in self.prompts]
         rows: list[list[Tensor]] = [list(p.sources) for p in self.prompts]
         with self.policy.wearing(CURRENT) as net:

@@ -29,7 +29,7 @@ EMA = "ema"
 def run(stage: StageRun) -> dict[str, Any]:
     """Train on (prompt, picture) pairs; the result is the exponential moving average of the weights."""
     config = stage.config
-    training = Training(stage, sets=(EMA,))
+    training = Training(stage, sets=(EMA,), result=EMA)
     learner = Learner(
         engine=training.engine,
         policy=training.policy,
@@ -60,7 +60,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         return tally.reported | watch.seconds | _rows(tally)
 
     training.loop(step, loss_note)
-    return training.finish(training.policy.sets[EMA]) | training.lineage()
+    return training.finish() | training.lineage()
 
 
 def _rows(tally: Tally) -> dict[str, float]:

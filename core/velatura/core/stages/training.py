@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,16 +16,17 @@ from torch import Tensor
 
 from velatura.core import __version__
 from velatura.core.alike import digest, require_same, require_same_weights
-from velatura.core.checkpoint import load_latest, save_checkpoint
+from velatura.core.checkpoint import Checkpoint, load_latest, save_checkpoint
 from velatura.core.components import ModelAdapter, PolicyObjective
 from velatura.core.engine import OptimizerConfig, make_engine
 from velatura.core.engine.protocol import Engine
-from velatura.core.errors import Stopped, VelaturaError
+from velatura.core.errors import CheckpointError, Stopped, VelaturaError
 from velatura.core.events import CheckpointSaved, RunEnd, RunStart, StepEnd
 from velatura.core.guard import Guard
 from velatura.core.learner import FOLLOWING, SET_OF, sets_for
 from velatura.core.policy import CURRENT, START, Policy
 from velatura.core.pulse import alive
+from velatura.core.random_state import generators_state, restore_generators, seed_generators
 from velatura.core.stages.common import (
     WEIGHTS,
     MetricsLog,
@@ -55,28 +58,32 @@ class Training:
 
     def __init__(
         self, run: StageRun, *, sets: tuple[str, ...], fixed: tuple[str, ...] = (), updates_per_step: int = 1,
-        policy: Policy | None = None,
+        policy: Policy | None = None, result: str = CURRENT,
     ) -> None:  # fmt: skip
         """`sets`: weight sets that start as copies of the initial weights, follow them, and are part of a checkpoint;
         `fixed`: that stay as they start, so that a resumed run has them from where it started; `policy`: what is
-        trained, where that is not the picture model of the recipe."""
+        trained, where that is not the picture model of the recipe; `result`: the set that `finish` writes."""
         self.run = run
         self.config = run.config
+        seed_generators(run.seed, run.name, run.ranks.rank)
         if policy is None:
             self.adapter: ModelAdapter[Any] = run.adapter()
             policy = run.load_policy(self.adapter, self.config.init)
         self.policy: Policy = policy
-        self._sets, self._fixed = sets, fixed
+        self._sets, self._fixed, self._result = sets, fixed, result
         self.initial = {name: value.to("cpu", copy=True) for name, value in self.policy.weights().items()}
         optimizer = OptimizerConfig(**self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step)
         alive("the start of the engine")
         self.engine: Engine = make_engine(self.policy.net, run.engine_config(), optimizer)
+        self.policy.gathered = self.engine.whole
         for name in (*sets, *fixed):
             self.policy.remember(name, follows=name in sets)
         self.policy.mark_same(START, CURRENT)
         self._carried: dict[str, Remembers] = {}
-        self._remembered: dict[str, Mapping[str, Tensor]] = {}
-        self.start = self._resume()
+        self._facts: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
+        self._found = load_latest(self._checkpoints, run.ranks)
+        self.start = 0 if self._found is None else self._resume(self._found)
         skipped = [row.get("skipped", 0) for row in read_log(run.folder / "metrics.jsonl") if row["step"] < self.start]
         self.guard = Guard(
             name=run.name, folder=run.folder, ranks=run.ranks, policy=self.policy, limit=self.config.max_skipped,
@@ -107,10 +114,7 @@ class Training:
     def _checkpoints(self) -> Path:
         return self.run.folder / "checkpoints"
 
-    def _resume(self) -> int:
-        found = load_latest(self._checkpoints)
-        if found is None:
-            return 0
+    def _resume(self, found: Checkpoint) -> int:
         what = f"the checkpoint at step {found.step} in {self._checkpoints}"
         self.policy.load(found.tensors["policy"], what=what)
         for name in self._sets:
@@ -119,40 +123,92 @@ class Training:
             if found.state["same_as_current"].get(name):
                 self.policy.mark_same(name, CURRENT)
         self.engine.load_state_dict(found.tensors["optimizer"])
-        self._remembered = {name: own for name, own in found.tensors.items() if name.startswith(CARRIED)}
+        for observer, state in zip(self.run.observers, found.state.get("observers", ()), strict=False):
+            if state["use"] == observer.name:
+                observer.load_state_dict(state["state"])
         logger.info("{}: goes on from step {}", self.run.name, found.step)
         return int(found.step)
 
     def carry(self, name: str, component: Remembers) -> None:
         """What `component` remembers is part of every checkpoint from now on, and comes from the one resumed from."""
-        self._carried[CARRIED + name] = component
-        if CARRIED + name in self._remembered:
-            component.load_state_dict(self._remembered.pop(CARRIED + name))
+        section = CARRIED + name
+        self._carried[section] = component
+        if self._found is not None and section in self._found.tensors:
+            component.load_state_dict(self._found.tensors[section])
 
-    def save(self, step: int, extra: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
-        """A complete checkpoint after `step` steps."""
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "policy": self.policy.weights(),
-            "optimizer": self.engine.state_dict(),
-            **{f"set-{name}": self.policy.sets[name] for name in self._sets},
-            **{name: memory for name, own in self._carried.items() if (memory := own.state_dict())},
-            **(extra or {}),
-        }
-        state = {
+    def carry_file(self, path: Path) -> None:
+        """A file that the stage goes on writing, like a ledger, is part of every checkpoint from now on; a run that is
+        resumed has it as it was then."""
+        self._files[path.name] = path
+        kept = None if self._found is None else self._found.file(path.name)
+        if kept is not None and self.run.ranks.first:
+            temporary = path.with_name(f".{path.name}.tmp")
+            shutil.copyfile(kept, temporary)
+            temporary.replace(path)
+        self.run.ranks.barrier()
+
+    def state_fact(self, name: str, value: Any) -> None:
+        """Say what a checkpoint only fits with, such as which teacher answers for which route.
+
+        Raises:
+            CheckpointError: the run is resumed from one that was made with something else.
+        """
+        self._facts[name] = value
+        before = value if self._found is None else self._found.state.get("facts", {}).get(name, value)
+        if before != value:
+            raise CheckpointError(
+                f"the checkpoint at step {self.start} in {self._checkpoints} was made with {name} {before}, and now "
+                f"there is {value}. Put that back, or do the stage again: velatura run RECIPE --stage {self.run.name} "
+                "--fresh"
+            )
+
+    def save(self, step: int) -> None:
+        """A complete checkpoint after `step` steps, of which every process writes its share. Collective."""
+        ranks, result = self.run.ranks, {self._result}
+        shared = {name: self.policy.sets[name] for name in self._sets if name not in result}
+        single = {f"random-{ranks.rank}": generators_state()}
+        if ranks.first:
+            single |= {f"set-{name}": self.policy.sets[name] for name in self._sets if name in result}
+            single |= {name: memory for name, own in self._carried.items() if (memory := own.state_dict())}
+        with self.engine.whole():
+            if ranks.first:
+                single["policy"] = {name: value.to("cpu", copy=True) for name, value in self.policy.weights().items()}
+        folder = save_checkpoint(
+            self._checkpoints, step,
+            {
+                "optimizer": self.engine.state_dict(self._writes),
+                **{f"set-{name}": {k: v for k, v in own.items() if self._writes(k)} for name, own in shared.items()},
+            },
+            self._state(), keep=self.config.keep_checkpoints, keep_every=self.config.keep_every, single=single,
+            files={name: path for name, path in self._files.items() if path.exists()}, ranks=ranks,
+        )  # fmt: skip
+        self.run.notify("checkpoint_saved", CheckpointSaved(step=step, folder=folder))
+
+    def _writes(self, name: str) -> bool:
+        """Whether this process is the one that writes the tensor of this name."""
+        ranks = self.run.ranks
+        return zlib.crc32(name.encode()) % ranks.size == ranks.rank
+
+    def _state(self) -> dict[str, Any]:
+        """What of a checkpoint is no tensor."""
+        return {
             "stage": self.run.name,
             "seed": self.run.seed,
+            "processes": self.run.ranks.size,
+            "inference": "policy" if self._result == CURRENT else f"set-{self._result}",
             "same_as_current": {name: self.policy.same(name, CURRENT) for name in (*self._sets, *self._fixed, START)},
+            "observers": [{"use": observer.name, "state": observer.state_dict()} for observer in self.run.observers],
+            "facts": self._facts,
         }
-        folder = self._checkpoints
-        if self.engine.rank == 0:
-            folder = save_checkpoint(folder, step, tensors, state, keep=self.config.keep_checkpoints)
-        self.engine.barrier()
-        self.run.notify("checkpoint_saved", CheckpointSaved(step=step, folder=folder))
 
     def loop(self, step: Callable[[int], dict[str, float]], note: Callable[[Mapping[str, float]], str]) -> None:
         """Run `step` until all steps are done, saving as the recipe says; observers hear of everything."""
         total = self.config.steps
         self._require_alike()
+        mine, found = f"random-{self.run.ranks.rank}", self._found
+        if found is not None and mine in found.tensors:  # only now: whatever is set up before may draw
+            restore_generators(found.tensors[mine])
+        self._found = None  # its files may go now
         self.run.notify("run_start", RunStart(
             stage=self.run.name, kind=self.config.stage, folder=self.run.folder, step=self.start, total=total,
             config=self.config.model_dump(by_alias=True),
@@ -209,9 +265,11 @@ class Training:
         before = manifest_of(self.run.run_folder, self.config.init)["result"]
         return {key: before[key] for key in ("folded", "folded_scale", "teachers") if key in before}
 
-    def finish(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """Write the final weights (the current ones, unless others are given) and say what they are."""
-        final = {name: value.cpu().contiguous() for name, value in (weights or self.policy.weights()).items()}
+    def finish(self) -> dict[str, Any]:
+        """Write the final weights and say what they are. Collective."""
+        with self.engine.whole():
+            made = self.policy.weights() if self._result == CURRENT else self.policy.sets[self._result]
+            final = {name: value.to("cpu", copy=True).contiguous() for name, value in made.items()}
         if not all(bool(torch.isfinite(value).all()) for value in final.values()):
             raise VelaturaError(f"stage '{self.run.name}' ended with weights that are not finite; nothing was saved")
         if self.run.ranks.first:
