@@ -19,6 +19,7 @@ from velatura.core.components import (
     Task,
     TimestepSampler,
 )
+from velatura.core.deprecation import Renamed
 from velatura.core.errors import VelaturaError
 from velatura.core.events import CheckpointSaved, RolloutDone, RunEnd, RunStart, StepEnd
 from velatura.core.hookspecs import hookimpl
@@ -71,6 +72,7 @@ __all__ = [
     "Prompt",
     "PromptFilter",
     "Rated",
+    "Renamed",
     "Requirements",
     "RewardModel",
     "RewardReport",

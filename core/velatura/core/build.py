@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,6 +13,7 @@ from velatura.core.errors import PluginError, RecipeError, VelaturaError, prefix
 from velatura.core.explain import complaints
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
+from velatura.core.source import Location
 
 
 def build(registry: Registry, kind: str, ref: Ref, at: str = "") -> Component[Any]:
@@ -20,19 +22,27 @@ def build(registry: Registry, kind: str, ref: Ref, at: str = "") -> Component[An
     return component(options(component, ref, at))
 
 
-def options(component: type[Component[Any]], ref: Ref, at: str = "") -> Options:
-    """The options of a component, checked, defaults filled in."""
+def options(
+    component: type[Component[Any]], ref: Ref, at: str = "", line: Callable[[Location], int | None] | None = None
+) -> Options:
+    """The options of a component, checked, defaults filled in; `line` knows where an option was written."""
     wrong = prefixed(at, f"options of {ref.use!r} are wrong:")
     try:
-        return component.options_class.model_validate(ref.given)
+        return component.options_class.model_validate(ref.given, context=prefixed(at, repr(ref.use)))
     except VelaturaError as error:
         raise RecipeError(f"{wrong}\n  {error}") from error
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(str(part) for part in location) or 'all together'}: {message}"
+            f"  {_line(line, location)}{'.'.join(str(part) for part in location) or 'all together'}: {message}"
             for location, message in complaints(error, component.options_class, "option")
         ]
         raise RecipeError("\n".join([wrong, *lines])) from error
+
+
+def _line(line: Callable[[Location], int | None] | None, option: Location) -> str:
+    """`line 12: ` of an option, where it is known."""
+    number = line(option) if line is not None and option else None
+    return "" if number is None else f"line {number}: "
 
 
 def open_registry(recipe: Recipe) -> Registry:
@@ -46,6 +56,16 @@ def open_registry(recipe: Recipe) -> Registry:
     return registry
 
 
+def _lines_below(recipe: Recipe, slot: Location) -> Callable[[Location], int | None]:
+    """Lines of the options in a slot, those left out that stand on the slot's own line."""
+
+    def line(option: Location) -> int | None:
+        found = recipe.line_of((*slot, "with", *option))
+        return None if found == recipe.line_of(slot) else found
+
+    return line
+
+
 def resolve_options(registry: Registry, recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe with the defaults of every component's options filled in too.
 
@@ -56,7 +76,8 @@ def resolve_options(registry: Registry, recipe: Recipe) -> dict[str, Any]:
     for location, kind, ref in recipe.references():
         try:
             at = recipe.at(location)
-            checked = options(registry.get(kind, ref.use, at), ref, at)
+            component = registry.get(kind, ref.use, at)
+            checked = options(component, ref, at, _lines_below(recipe, location))
         except VelaturaError as error:
             found.setdefault(str(error), error)
             continue

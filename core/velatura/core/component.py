@@ -5,20 +5,11 @@ from __future__ import annotations
 from abc import ABC
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from velatura.core.options import NoOptions as NoOptions
+from velatura.core.options import Options as Options
 
 if TYPE_CHECKING:
     from velatura.core.types import Context
-
-
-class Options(BaseModel):
-    """Options of a component: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class NoOptions(Options):
-    """For components that have nothing to set."""
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741

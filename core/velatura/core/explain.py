@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -33,9 +34,12 @@ def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: 
     expected = places[-1][1] if places else model
     if detail["type"] == "extra_forbidden":
         parent = places[-2][1] if len(places) > 1 else model
-        return f"no such {noun}.{suggest(str(detail['loc'][-1]), keys(parent))}"
+        known = keys(parent)
+        beside = " Options of the component stand in 'with'." if "use" in known and "with" in known else ""
+        return f"no such {noun}.{suggest(str(detail['loc'][-1]), known)}{beside}"
     if detail["type"] == "missing":
-        return f"this {noun} is missing"
+        parent = places[-2][1] if len(places) > 1 else model
+        return f"this {noun} is missing{_meaning(parent, detail['loc'][-1])}"
     if detail["type"] == "union_tag_invalid":
         given = str(detail["ctx"]["tag"])
         return f"no stage is of kind {given!r}.{suggest(given, _tags(expected))}"
@@ -43,7 +47,43 @@ def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: 
         return f"'stage' is missing; it says of what kind the stage is: {', '.join(_tags(expected))}"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
-    return f"{detail['msg']} (got {reprlib.repr(detail['input'])})"
+    return f"{_wanted(detail)} (got {reprlib.repr(detail['input'])}){_near_value(detail, expected)}"
+
+
+WANTED = {
+    "model_type": "this is one component: write its name, or {use: NAME, with: {OPTION: VALUE}}",
+    "dict_type": "this is a mapping: write {NAME: VALUE}",
+    "list_type": "this is a list: write [...], also for a single item",
+}
+"""Type of a complaint -> what should stand there, where pydantic's words are not those of somebody who writes YAML."""
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    """What should stand there."""
+    if detail["type"] == "too_short":
+        return f"give at least {detail['ctx']['min_length']}"
+    if detail["type"] == "model_type" and "Ref" not in str(detail["ctx"].get("class_name", "")):
+        return WANTED["dict_type"]
+    return WANTED.get(detail["type"], detail["msg"])
+
+
+def _near_value(detail: ErrorDetails, expected: Any) -> str:
+    """The nearest of the words that may stand there."""
+    if detail["type"] != "literal_error":
+        return ""
+    words = [str(w) for member in _members(expected) if get_origin(member) is Literal for w in get_args(member)]
+    near = get_close_matches(str(detail["input"]), words, n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def _meaning(annotation: Any, name: int | str) -> str:
+    """What a field that has to be given is for."""
+    for member in _members(annotation):
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            for field_name, field in member.model_fields.items():
+                if name in (field_name, field.alias) and field.description:
+                    return f": {field.description}"
+    return ""
 
 
 def _tags(annotation: Any) -> list[str]:

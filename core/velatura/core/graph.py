@@ -41,10 +41,10 @@ def references(name: str, stage: Stage) -> Iterator[Reference]:
     yield from _judges(at, stage)
     yield from _choices(at, stage)
     if isinstance(stage, JudgeFitStage) and stage.rated is not None:
-        yield Reference(at=(*at, "rated"), target=stage.rated, kinds=("rate",), role="ratings")
+        yield Reference(at=(*at, "rated"), target=stage.rated, kinds=("rate",), role="a set of ratings")
     if isinstance(stage, RLStage | CurateStage) and stage.weights_from is not None:
         yield Reference(
-            at=(*at, "weights_from"), target=stage.weights_from, kinds=("calibrate",), role="reward weights"
+            at=(*at, "weights_from"), target=stage.weights_from, kinds=("calibrate",), role="a set of reward weights"
         )
 
 
@@ -108,7 +108,8 @@ def complaints(stages: Mapping[str, Stage]) -> Iterator[tuple[Location, str]]:
                 yield reference.at, message
     cycle = _cycle(stages) if sound else []
     if cycle:
-        yield ("stages", cycle[0]), f"stage cycle: {' -> '.join(cycle)}"
+        remedy = "A stage uses what was made before it: let one of them start from 'base', or from another stage"
+        yield ("stages", cycle[0]), f"stage cycle: {' -> '.join(cycle)}. {remedy}"
 
 
 def _complaint(name: str, reference: Reference, stages: Mapping[str, Stage]) -> str:
@@ -124,11 +125,13 @@ def _complaint(name: str, reference: Reference, stages: Mapping[str, Stage]) -> 
     if target not in stages:
         return f"no stage is called {target!r}.{suggest(target, [BASE, *fitting] if reference.base else fitting)}"
     if target == name:
-        return f"stage {name!r} needs its own result"
+        here = suggest("", [BASE, *fitting] if reference.base else fitting)
+        return f"stage {name!r} needs its own result. Name another.{here}"
     if stages[target].stage not in reference.kinds:
         kinds = " or ".join(reference.kinds)
         return (
-            f"stage {target!r} is of kind {stages[target].stage}; {reference.role} comes from a stage of kind {kinds}"
+            f"stage {target!r} is of kind {stages[target].stage}; {reference.role} comes from a stage of kind {kinds}."
+            f"{suggest(target, fitting)}"
         )
     return ""
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import pluggy
 
-from velatura.core import hookspecs
+from velatura.core import __version__, hookspecs
 from velatura.core.components import Component
 from velatura.core.contracts import CONTRACTS
+from velatura.core.deprecation import Renamed, mismatch
 from velatura.core.errors import PluginError, cause, suggest
 
 HOOK = "velatura_"
@@ -34,6 +35,8 @@ class Origin:
     distribution: str = ""
     """The installed package, or the path of a plugin file."""
     version: str = ""
+    requires: str = ""
+    """Releases of velatura that the package says it is made for, like `>=0.1,<0.2`."""
     builtin: bool = False
     """Whether its components carry bare names."""
     is_file: bool = False
@@ -59,7 +62,9 @@ class Offer:
     short: str
     """The name without the plugin's."""
     target: type[Component[Any]] | str
-    """The class, or `package.module:Class`."""
+    """The class, or `package.module:Class`; nothing, where the name is an old one."""
+    renamed: Renamed | None = None
+    """What an old name stands for."""
 
     @property
     def name(self) -> str:
@@ -112,10 +117,12 @@ def import_file(path: Path) -> ModuleType:
 
 def load(manager: pluggy.PluginManager, origin: Origin, importer: Callable[[], object]) -> object:
     """Import a plugin and register its hooks; whatever goes wrong becomes a `PluginError` that names the plugin."""
+    if wrong := mismatch(origin.requires):
+        raise PluginError(f"{origin} {wrong}, or install a release of it that is made for this one.")
     try:
         plugin = importer()
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{origin} does not import: {cause(error)}") from error
+        raise PluginError(f"{origin} does not import: {cause(error)}.{_other_release(error)}") from error
     for name in dir(plugin):
         is_hook = name.startswith(HOOK) and isinstance(getattr(plugin, name), FunctionType)
         if is_hook and manager.parse_hookimpl_opts(plugin, name) is None:
@@ -133,6 +140,18 @@ def load(manager: pluggy.PluginManager, origin: Origin, importer: Callable[[], o
                 f"{suggest(caller.name, known)}"
             )
     return plugin
+
+
+def _other_release(error: BaseException) -> str:
+    """What to say of a name that `velatura.api` does not have."""
+    if not isinstance(error, ImportError) or error.name != "velatura.api":
+        return ""
+    from velatura import api
+
+    missing = re.search(r"cannot import name '(\w+)'", str(error))
+    near = suggest(missing[1], api.__all__) if missing else ""
+    hint = near if near.startswith(" Did") else ""
+    return f"{hint} This is velatura {__version__}; a plugin made for another release may ask for what is not there."
 
 
 def offers(manager: pluggy.PluginManager, origin: Origin, plugin: object, kind: str) -> list[Offer]:
@@ -155,6 +174,8 @@ def offers(manager: pluggy.PluginManager, origin: Origin, plugin: object, kind: 
 def _offer(origin: Origin, kind: str, item: object) -> Offer:
     """One item of a hook's answer."""
     hook = f"{HOOK}{kind}"
+    if isinstance(item, Renamed):
+        return Offer(origin=origin, kind=kind, short=item.old, target="", renamed=item)
     if isinstance(item, str):
         match = REFERENCE.fullmatch(item)
         if match is None:

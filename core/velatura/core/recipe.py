@@ -176,6 +176,13 @@ class Recipe(Settings):
             return ".".join(str(part) for part in location)
         return self._source.at(_as_written(self._source, location))
 
+    def line_of(self, location: Location) -> int | None:
+        """The line on which exactly this was written in the file; None where it was not, or is not known."""
+        if self._source is None:
+            return None
+        place = _as_written(self._source, location)
+        return None if self._source.at(place).startswith("command line") else self._source.lines.get(place)
+
     def stage(self, name: str) -> Stage:
         """The stage of this name, defaults filled in."""
         if name not in self.stages:
@@ -319,7 +326,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _lines(error: ValidationError, source: Source) -> Iterator[str]:
     """What is wrong, one line each."""
     for location, message in complaints(error, Recipe, "key"):
-        if message == "this key is missing" and location[-1] in Recipe.model_fields and len(location) == 3:
+        if message.startswith("this key is missing") and location[-1] in Recipe.model_fields and len(location) == 3:
             advice = f"{location[-1]!r} is missing; give it here, or once at the top of the recipe for every stage"
             yield prefixed(source.at(location[:-1]), advice)
         elif message.startswith("no such key") and (above := _only_above(source, location)):

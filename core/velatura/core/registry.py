@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Self
 
 from velatura.core.components import Component
 from velatura.core.contracts import CONTRACTS
+from velatura.core.deprecation import deprecated, has_ended
 from velatura.core.describe import summary_of
 from velatura.core.errors import PluginError, RecipeError, prefixed, suggest
 from velatura.core.plugin import HOOK, Offer, Origin, import_file, load, new_manager, offers
@@ -70,7 +72,8 @@ class Registry:
             name = entry.dist.name if entry.dist else ""
             version = entry.dist.version if entry.dist else ""
             builtin = name == DISTRIBUTION
-            origin = Origin(plugin=entry.name, distribution=name, version=version, builtin=builtin)
+            requires = "" if builtin or entry.dist is None else _requirement(entry.dist.requires or ())
+            origin = Origin(plugin=entry.name, distribution=name, version=version, requires=requires, builtin=builtin)
             registry._importers[origin] = partial(EntryPoint.load, entry)
             registry._modules[origin] = entry.module
         registry._refuse_namesakes()
@@ -109,7 +112,11 @@ class Registry:
 
     def get(self, kind: str, name: str, at: str = "") -> type[Component[Any]]:
         """The class that a recipe means by `name`; `at` is the place in the recipe, for messages."""
-        return self._find(kind, name, at).resolve()
+        offer = self._find(kind, name, at)
+        try:
+            return offer.resolve()
+        except PluginError as error:
+            raise PluginError(prefixed(at, str(error))) from error.__cause__
 
     def info(self, kind: str, name: str, at: str = "") -> ComponentInfo:
         """Where a component comes from, and what it is in a line."""
@@ -121,7 +128,7 @@ class Registry:
         for kind in CONTRACTS:
             for origin in self._importers:
                 try:
-                    found += [_describe(offer) for offer in self._provided(origin, kind)]
+                    found += [_describe(offer) for offer in self._provided(origin, kind) if not offer.renamed]
                 except PluginError as error:
                     self._errors.setdefault(origin, error)
         return sorted(found, key=lambda info: (list(CONTRACTS).index(info.kind), "/" in info.name, info.name))
@@ -133,7 +140,7 @@ class Registry:
             PluginError: there is no such plugin, it is broken, or it offers nothing.
         """
         origin = self._origin(plugin)
-        found = [_describe(offer) for kind in CONTRACTS for offer in self._provided(origin, kind)]
+        found = [_describe(o) for kind in CONTRACTS for o in self._provided(origin, kind) if not o.renamed]
         if not found:
             raise PluginError(f"{origin} offers no components; return them from a hook, like {HOOK}reward")
         return found
@@ -168,7 +175,8 @@ class Registry:
             if not origins:
                 installed = {origin.plugin for origin in self._importers if not origin.builtin}
                 hint = suggest(namespace, installed) if installed else ""
-                raise RecipeError(prefixed(at, f"no plugin {namespace!r} is installed.{hint}"))
+                remedy = "Install the package that has it, or name its file under 'plugins' of the recipe"
+                raise RecipeError(prefixed(at, f"no plugin {namespace!r} is installed.{hint} {remedy}."))
             return self._only(kind, name, short, origins, at)
         builtins = [origin for origin in self._importers if origin.builtin]
         files = [origin for origin in self._importers if origin.is_file]
@@ -180,14 +188,38 @@ class Registry:
         there, errors = self._of(origins, kind)
         matches = [offer for offer in there if offer.short == short]
         if not matches and errors:
-            raise errors[0]
+            raise PluginError(prefixed(at, str(errors[0]))) from errors[0].__cause__
         if not matches:
-            known = {offer.name for offer in there}
-            raise RecipeError(prefixed(at, f"no {kind} is called {name!r}.{suggest(name, known)}"))
+            known = {offer.name for offer in there if not offer.renamed}
+            other = self._of_another_kind(kind, short, origins)
+            raise RecipeError(prefixed(at, f"no {kind} is called {name!r}.{other}{suggest(name, known)}"))
         if len(matches) > 1:
             owners = " and ".join(str(offer.origin) for offer in matches)
             raise PluginError(prefixed(at, f"two components of kind {kind} are called {name!r}: one of {owners}"))
-        return matches[0]
+        return self._by_new_name(matches[0], there, at) if matches[0].renamed else matches[0]
+
+    def _by_new_name(self, old: Offer, there: Sequence[Offer], at: str) -> Offer:
+        """What an old name stands for, with a warning, until the release in which it ends."""
+        assert old.renamed is not None
+        new = [o for o in there if o.origin == old.origin and o.short == old.renamed.new and not o.renamed]
+        if not new:
+            raise PluginError(
+                f"{old.origin}: {old.kind} {old.short!r} is said to be called {old.renamed.new!r} now, which the "
+                f"plugin does not offer"
+            )
+        release = f"{old.origin.distribution or old.origin.plugin} {old.renamed.until}"
+        if has_ended(old.renamed.until, old.origin.version):
+            said = f"{old.kind} {old.name!r} is called {new[0].name!r} since {release}. Write {new[0].name!r}."
+            raise RecipeError(prefixed(at, said))
+        said = f"{old.kind} {old.name!r} is called {new[0].name!r} now; the old name ends with {release}."
+        deprecated(prefixed(at, f"{said} Write {new[0].name!r}."))
+        return new[0]
+
+    def _of_another_kind(self, kind: str, short: str, origins: Iterable[Origin]) -> str:
+        """What to say where the name is that of a component of another kind."""
+        kinds = [other for other in CONTRACTS if other != kind]
+        found = [other for other in kinds if any(o.short == short for o in self._of(origins, other)[0])]
+        return f" There is one of kind {' and '.join(found)}." if found else ""
 
     def _of(self, origins: Iterable[Origin], kind: str) -> tuple[Sequence[Offer], Sequence[PluginError]]:
         """What these plugins offer of one kind, and why some of them offer nothing."""
@@ -213,6 +245,15 @@ class Registry:
                 self._errors[origin] = error
                 raise
         return self._offers[origin, kind]
+
+
+def _requirement(lines: Iterable[str]) -> str:
+    """`>=0.1,<0.2` of what a package says that it needs of velatura, without extras."""
+    for line in lines:
+        match = re.fullmatch(r"velatura\s*(?:\[[^]]*\])?\s*\(?([^();]*)\)?", line.strip())
+        if match:
+            return match[1].strip()
+    return ""
 
 
 def _describe(offer: Offer) -> ComponentInfo:

@@ -18,6 +18,7 @@ from velatura.core.base_settings import (
 )
 from velatura.core.engine_settings import Engine as Engine
 from velatura.core.engine_settings import Optimizer as Optimizer
+from velatura.core.errors import suggest
 from velatura.core.learning_settings import ANCHOR, PLUS, SOLVER, STEP_WEIGHT, StepWeight, sums_to_one
 from velatura.core.learning_settings import StepWeightName as StepWeightName
 from velatura.core.reward_settings import Recalibrate, RewardRef
@@ -255,10 +256,12 @@ class DistillStage(Settings):
     def _routes_have_teachers(self) -> DistillStage:
         for route in self.prompts:
             if route not in self.teachers:
-                raise ValueError(f"'prompts' has a route {route!r}, for which 'teachers' names nobody")
+                known = suggest(route, self.teachers)
+                raise ValueError(f"'prompts' has a route {route!r}, for which 'teachers' names nobody.{known}")
         for route in self.tasks:
             if route not in self.teachers:
-                raise ValueError(f"'tasks' has a route {route!r}, for which 'teachers' names nobody")
+                known = suggest(route, self.teachers)
+                raise ValueError(f"'tasks' has a route {route!r}, for which 'teachers' names nobody.{known}")
             if route in self.prompts:
                 raise ValueError(f"route {route!r} has both 'prompts' and 'tasks'. Leave one of them out")
         return self

@@ -71,7 +71,9 @@ def read(path: Path) -> Source:
         data = _unshared(loader.construct_document(root), str(path)) if root is not None else {}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}: this is not YAML: {error.problem or error.context}") from error
+        begun = error.context_mark.line + 1 if error.context_mark else line
+        inside = f", in what begins on line {begun}" if begun != line else ""
+        raise RecipeError(f"{path}:{line}: this is not YAML: {error.problem or error.context}{inside}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: this is not YAML: {error}") from error
     if not isinstance(data, dict):

@@ -26,6 +26,7 @@ from velatura.core.cli import (
     schema,
     serve_reward,
 )
+from velatura.core.deprecation import tell_plainly
 from velatura.core.errors import Stopped, VelaturaError, suggest
 from velatura.core.interruption import STOPPED
 from velatura.core.ranks import FailedElsewhere, rank, world_size
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     `launched`: one of several processes; who started them says that they were interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    tell_plainly()
     # Before torch is loaded. Threads that spin long while they wait take the cores from those they wait for as soon as
     # the machine does anything else: two threads beside one busy process were thirty times slower than one.
     if "OMP_WAIT_POLICY" not in os.environ:
