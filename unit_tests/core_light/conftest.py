@@ -59,11 +59,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
 
-    def install_plugin(plugin: str, source: str, *, distribution: str, module: str, version: str = "0.1") -> None:
+    def install_plugin(
+        plugin: str, source: str, *, distribution: str, module: str, version: str = "0.1", requires: str = ""
+    ) -> None:
         (site / f"{module}.py").write_text(textwrap.dedent(source), encoding="utf-8")
         info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        needs = f"Requires-Dist: {requires}\n" if requires else ""
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{needs}")
         (info / "entry_points.txt").write_text(f"[velatura]\n{plugin} = {module}\n")
 
     return install_plugin

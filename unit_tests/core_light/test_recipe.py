@@ -190,11 +190,17 @@ def test_a_missing_slot_says_where_it_may_go(write: Write) -> None:
 
 
 def test_missing_keys(write: Write) -> None:
-    assert message(write("seed: 1\n")) == "recipe.yaml: stages: this key is missing"
-    assert message(write("stages:\n  a: {stage: export}\n")) == "recipe.yaml:2: stages.a.model: this key is missing"
+    assert (
+        message(write("seed: 1\n"))
+        == "recipe.yaml: stages: this key is missing: Name -> stage; an order is found from their references."
+    )
+    assert (
+        message(write("stages:\n  a: {stage: export}\n"))
+        == "recipe.yaml:2: stages.a.model: this key is missing: The stage whose model is exported."
+    )
     assert message(write("stages:\n  a: {model: b}\n")) == (
         "recipe.yaml:2: stages.a: 'stage' is missing; it says of what kind the stage is: "
-        "curate, calibrate, rl, distill, supervised, rate, judge-fit, evaluate, export"
+        "curate, calibrate, rl, distill, supervised, merge, rate, judge-fit, evaluate, export"
     )
 
 
@@ -264,15 +270,15 @@ def test_references_to_unknown_stages(pipeline: str) -> None:
 def test_references_to_stages_of_the_wrong_kind(pipeline: str) -> None:
     assert message(pipeline, "stages.student.teachers.t2i=pick") == (
         "command line: stages.student.teachers.t2i: stage 'pick' is of kind curate; "
-        "a teacher comes from a stage of kind rl or supervised"
+        "a teacher comes from a stage of kind rl or supervised. There is: teacher."
     )
     assert message(pipeline, "stages.teacher.prompts=student") == (
         "command line: stages.teacher.prompts: stage 'student' is of kind distill; "
-        "a choice of prompts comes from a stage of kind curate"
+        "a choice of prompts comes from a stage of kind curate. There is: pick."
     )
     assert message(pipeline, "stages.out.model=compare") == (
         "command line: stages.out.model: stage 'compare' is of kind evaluate; "
-        "a model comes from a stage of kind rl or distill or supervised"
+        "a model comes from a stage of kind rl or distill or supervised or merge. There is: student, teacher."
     )
 
 
@@ -286,12 +292,16 @@ def test_a_cycle_is_written_out(write: Write) -> None:
           b: {stage: rl, init: a}
           c: {stage: rl, init: b}
         """)
-    assert message(name) == "recipe.yaml:5: stages.a: stage cycle: a -> c -> b -> a"
+    assert message(name) == (
+        "recipe.yaml:5: stages.a: stage cycle: a -> c -> b -> a. A stage uses what was made before it: let one of them "
+        "start from 'base', or from another stage"
+    )
 
 
 def test_a_stage_that_needs_itself(pipeline: str) -> None:
     assert message(pipeline, "stages.teacher.init=teacher") == (
-        "command line: stages.teacher.init: stage 'teacher' needs its own result"
+        "command line: stages.teacher.init: stage 'teacher' needs its own result. Name another. There is: "
+        "base, student."
     )
 
 
@@ -315,7 +325,8 @@ def test_two_rewards_of_one_name(pipeline: str) -> None:
 
 def test_a_route_without_a_teacher(pipeline: str) -> None:
     assert message(pipeline, "stages.student.prompts.edit=pick") == (
-        "recipe.yaml:13: stages.student: 'prompts' has a route 'edit', for which 'teachers' names nobody"
+        "recipe.yaml:13: stages.student: 'prompts' has a route 'edit', for which 'teachers' names nobody. "
+        "There is: t2i."
     )
 
 
@@ -327,7 +338,7 @@ def test_a_student_may_have_tasks_of_its_own(pipeline: str) -> None:
     assert own.tasks_of("compare") == {"t2i": Ref(use="world")}  # measured where its teacher is
     assert ("stages", "student", "tasks", "t2i") in [place for place, kind, _ in own.references() if kind == "task"]
     assert message(pipeline, "stages.student.tasks.edit=world") == (
-        "recipe.yaml:13: stages.student: 'tasks' has a route 'edit', for which 'teachers' names nobody"
+        "recipe.yaml:13: stages.student: 'tasks' has a route 'edit', for which 'teachers' names nobody. There is: t2i."
     )
     assert "route 't2i' has both 'prompts' and 'tasks'. Leave one of them out" in message(
         pipeline, "stages.student={stage: distill, teachers: {t2i: teacher}, prompts: {t2i: pick}, tasks: {t2i: world}}"
@@ -347,7 +358,7 @@ def test_files_that_are_no_recipes(write: Write) -> None:
     assert message(write("- a\n- b\n")) == "recipe.yaml: a recipe is a mapping with the key 'stages', this is a list"
     assert message(write("seed: 1\nstages: {a: [}\n")).startswith("recipe.yaml:2: this is not YAML: ")
     assert message(write("seed: !!python/object:os.system {}\n")).startswith("recipe.yaml:1: this is not YAML: could")
-    assert message(write("")) == "recipe.yaml: stages: this key is missing"
+    assert message(write("")).startswith("recipe.yaml: stages: this key is missing: ")
 
 
 def test_anchors_and_merge_keys_may_be_used(write: Write) -> None:

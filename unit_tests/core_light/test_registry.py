@@ -109,7 +109,10 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     assert message(registry, "x", kind="rewards") == (
         "there is no kind of component called 'rewards'. Did you mean 'reward'?"
     )
-    assert message(Registry.empty(), "acme/x", at="kernel", kind="kernel") == "kernel: no plugin 'acme' is installed."
+    assert message(Registry.empty(), "acme/x", at="kernel", kind="kernel") == (
+        "kernel: no plugin 'acme' is installed. Install the package that has it, or name its file under 'plugins' of "
+        "the recipe."
+    )
 
 
 def test_an_installed_distribution_is_found(install: Install) -> None:

@@ -35,8 +35,9 @@ def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: 
     if detail["type"] == "extra_forbidden":
         parent = places[-2][1] if len(places) > 1 else model
         known = keys(parent)
-        beside = " Options of the component stand in 'with'." if "use" in known and "with" in known else ""
-        return f"no such {noun}.{suggest(str(detail['loc'][-1]), known)}{beside}"
+        hint = suggest(str(detail["loc"][-1]), known)
+        slot = {"use", "with"} <= set(known) and hint.startswith(" There is")
+        return f"no such {noun}.{hint}{' Options of the component stand in ' + repr('with') + '.' if slot else ''}"
     if detail["type"] == "missing":
         parent = places[-2][1] if len(places) > 1 else model
         return f"this {noun} is missing{_meaning(parent, detail['loc'][-1])}"

@@ -131,7 +131,7 @@ def _complaint(name: str, reference: Reference, stages: Mapping[str, Stage]) -> 
         kinds = " or ".join(reference.kinds)
         return (
             f"stage {target!r} is of kind {stages[target].stage}; {reference.role} comes from a stage of kind {kinds}."
-            f"{suggest(target, fitting)}"
+            f"{suggest(target, fitting) if fitting else ' Add one.'}"
         )
     return ""
 

@@ -122,7 +122,7 @@ def load(manager: pluggy.PluginManager, origin: Origin, importer: Callable[[], o
     try:
         plugin = importer()
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{origin} does not import: {cause(error)}.{_other_release(error)}") from error
+        raise PluginError(f"{origin} does not import: {_other_release(error) or cause(error)}") from error
     for name in dir(plugin):
         is_hook = name.startswith(HOOK) and isinstance(getattr(plugin, name), FunctionType)
         if is_hook and manager.parse_hookimpl_opts(plugin, name) is None:
@@ -149,9 +149,13 @@ def _other_release(error: BaseException) -> str:
     from velatura import api
 
     missing = re.search(r"cannot import name '(\w+)'", str(error))
-    near = suggest(missing[1], api.__all__) if missing else ""
-    hint = near if near.startswith(" Did") else ""
-    return f"{hint} This is velatura {__version__}; a plugin made for another release may ask for what is not there."
+    if missing is None:
+        return ""
+    near = suggest(missing[1], api.__all__)
+    return (
+        f"velatura.api has no {missing[1]!r}.{near if near.startswith(' Did') else ''} This is velatura {__version__}; "
+        f"was the plugin made for another release?"
+    )
 
 
 def offers(manager: pluggy.PluginManager, origin: Origin, plugin: object, kind: str) -> list[Offer]:

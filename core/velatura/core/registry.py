@@ -175,8 +175,9 @@ class Registry:
             if not origins:
                 installed = {origin.plugin for origin in self._importers if not origin.builtin}
                 hint = suggest(namespace, installed) if installed else ""
-                remedy = "Install the package that has it, or name its file under 'plugins' of the recipe"
-                raise RecipeError(prefixed(at, f"no plugin {namespace!r} is installed.{hint} {remedy}."))
+                if "Did you mean" not in hint:
+                    hint += " Install the package that has it, or name its file under 'plugins' of the recipe."
+                raise RecipeError(prefixed(at, f"no plugin {namespace!r} is installed.{hint}"))
             return self._only(kind, name, short, origins, at)
         builtins = [origin for origin in self._importers if origin.builtin]
         files = [origin for origin in self._importers if origin.is_file]
@@ -250,7 +251,10 @@ class Registry:
 def _requirement(lines: Iterable[str]) -> str:
     """`>=0.1,<0.2` of what a package says that it needs of velatura, without extras."""
     for line in lines:
-        match = re.fullmatch(r"velatura\s*(?:\[[^]]*\])?\s*\(?([^();]*)\)?", line.strip())
+        needed, _, marker = line.partition(";")
+        match = re.fullmatch(r"velatura\s*(?:\[[^]]*\])?\s*\(?([^()]*)\)?", needed.strip())
+        if "extra" in marker:
+            continue
         if match:
             return match[1].strip()
     return ""

@@ -53,12 +53,14 @@ def _list(arguments: argparse.Namespace) -> int:
 
     registry = _registry(arguments)
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("kind", "name", "plugin", "package", "what it is", "status"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("kind", "name"))
+    for heading in ("kind", "name", "plugin", "package", "version", "what it is", "status"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("kind", "name", "plugin", "version"))
     for info in registry.list():
         if arguments.kind in (None, info.kind):
-            package = f"{info.distribution} {info.version}".strip()
-            table.add_row(info.kind, info.name, info.plugin, package, Text(info.summary), Text(info.problem or "ok"))
+            cells = (info.kind, info.name, info.plugin, info.distribution, info.version, info.summary)
+            table.add_row(*map(Text, cells), Text(info.problem or "ok"))
+    for broken in registry.broken:
+        table.add_row("", "", Text(broken.name), Text(broken.distribution), broken.version, "", "broken, see below")
     console = new_console()
     console.print(table)
     for broken in registry.broken:

@@ -13,6 +13,7 @@ from velatura.core import __version__
 from velatura.core.cli import (
     ablate,
     check,
+    completion,
     evaluate,
     export,
     new_plugin,
@@ -47,6 +48,7 @@ VERBS = {
     "plugins": plugins,
     "new-plugin": new_plugin,
     "schema": schema,
+    "completion": completion,
 }
 """In the order of `--help`."""
 
