@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs downstream bench clean
 
 demo: $(VENV)/.installed
 	$(RUN)/velatura run recipes/tinyworld.yaml --processes 2
@@ -17,6 +17,13 @@ lint: $(VENV)/.installed-dev
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-cache
+
+docs: $(VENV)/.installed-dev
+	$(RUN)/python docs/generate_all.py
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
+downstream: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest integration_tests/test_downstream.py
 
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/rl_step.py
@@ -34,4 +41,4 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

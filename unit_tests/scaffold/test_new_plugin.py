@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -11,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import velatura
 from velatura.api import Component
 from velatura.core.cli import main
 from velatura.core.contracts import CONTRACTS
 from velatura.core.errors import VelaturaError
+from velatura.core.recipe import load_recipe
 from velatura.core.registry import Registry
 from velatura.core.scaffold import new_plugin
 from velatura.testing.fixtures import TinyRun
@@ -29,14 +33,33 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has built and installed it."""
-    target = tmp_path_factory.mktemp("site")
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--target", str(target)]
-    command = [sys.executable, "-m", "pip", "install", *options, str(package)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return target
+def python(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a fresh environment into which pip has built and installed it; all else it has from this one."""
+    folder = tmp_path_factory.mktemp("fresh")
+    done(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
+    python = folder / "venv" / "bin" / "python"
+    others = "".join(f"{path}\n" for path in sys.path if path.endswith("site-packages"))
+    (site_of(python) / "heavy.pth").write_text(others)
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-index"]
+    done(sys.executable, "-m", "pip", "--python", python, "install", *options, package)
+    return python
+
+
+def done(*command: object, cwd: Path | None = None) -> str:
+    """What a command says; it has to succeed. It imports Velatura from where this process does."""
+    portions = [str(Path(portion).parent) for portion in velatura.__path__]
+    environment = {**os.environ, "PYTHONPATH": ":".join(portions), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    ended = subprocess.run(
+        [str(part) for part in command], check=False, capture_output=True, text=True, cwd=cwd, env=environment,
+        timeout=500,
+    )  # fmt: skip
+    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout
+
+
+def site_of(python: Path) -> Path:
+    """Where an environment keeps packages."""
+    return next(python.parents[1].glob("lib/python3*/site-packages"))
 
 
 @pytest.mark.parametrize("kind", CONTRACTS)
@@ -56,21 +79,101 @@ def test_a_package_of_each_kind_alone(kind: str, tmp_path: Path, monkeypatch: py
     assert f"`{info.name}`" in (folder / "README.md").read_text()
 
 
-def test_its_own_tests_pass_once_it_is_installed(package: Path, site: Path) -> None:
-    path = [str(site), *(p for p in sys.path if p)]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-W", "error", "tests"]
-    environment = {"PYTHONPATH": ":".join(path), "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=package, env=environment, timeout=280
-    )
-    assert done.returncode == 0, done.stdout
-    assert "1 skipped" in done.stdout  # options of a component that has none
+def test_its_own_tests_pass_once_it_is_installed(package: Path, python: Path) -> None:
+    assert next(site_of(python).glob("velatura_acme-*.dist-info")).is_dir()
+    said = done(python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-W", "error", "tests", cwd=package)
+    assert "1 skipped" in said  # options of a component that has none
+
+
+EVERYTHING = """
+plugins: []
+output: out
+engine: {kind: local, threads: 1, device: cpu}
+adapter: {use: tinyworld, with: {weights: null, width: 48, layers: 2}}
+sampling: {steps: 4}
+guidance: {use: acme/interval}
+kernel: {use: acme/churn}
+stages:
+  choose:
+    stage: curate
+    task: {use: tinyworld, with: {task: t2i, count: 6, eval_count: 4}}
+    rewards: &rewards [{use: acme/redness}]
+    prompt_filter: {use: acme/std, with: {least: 0.0}}
+    group_size: 3
+  teacher:
+    stage: rl
+    prompts: choose
+    rewards: *rewards
+    objective: {use: acme/pull}
+    advantage: {use: acme/mean-margin}
+    timesteps: {use: acme/window, with: {count: 2}}
+    observers: [{use: acme/diary}]
+    steps: 1
+    prompts_per_step: 2
+    group_size: 3
+  student:
+    stage: distill
+    teachers: {t2i: teacher}
+    distiller: {use: acme/huber}
+    kernel: ode
+    steps: 1
+    prompts_per_step: 2
+    probe_prompts: 2
+  rated:
+    stage: rate
+    task: {use: tinyworld, with: {task: t2i, count: 12}}
+    group_size: 4
+    raters: [{use: tinyworld-rater, dimension: cleanliness, with: {looks_at: cleanliness}}]
+  judge:
+    stage: judge-fit
+    rated: rated
+    dimension: cleanliness
+    judge_model: {use: acme/colour-judge}
+    steps: 2
+    batch: 8
+    validate_every: 2
+  own:
+    stage: rl
+    adapter: {use: acme/pixels}
+    task: {use: acme/colours}
+    rewards: *rewards
+    kernel: ode
+    steps: 1
+    prompts_per_step: 2
+    group_size: 3
+  compare:
+    stage: evaluate
+    models: [base, teacher, student]
+    evaluators: [{use: acme/contrast}]
+    kernel: ode
+    tasks: {t2i: {use: tinyworld, with: {task: t2i, eval_count: 4}}}
+    seeds_per_prompt: 1
+    bootstrap: 20
+"""
+"""Every kind, each by a component of the package."""
+
+
+def test_a_component_of_every_kind_is_used_in_a_run(python: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(EVERYTHING)
+    used = {kind for _, kind, ref in load_recipe(recipe).references() if ref.use.startswith("acme/")}
+    assert used == set(CONTRACTS)
+    done(python, "-m", "velatura.core.cli", "run", recipe, cwd=tmp_path)
+    out = tmp_path / "out"
+    for stage in ("choose", "teacher", "student", "rated", "judge", "own", "compare"):
+        assert json.loads((out / stage / "manifest.json").read_text())["status"] == "finished", stage
+    for stage in ("teacher", "student", "own"):
+        (line,) = (out / stage / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(line)["grad_norm"] > 0, stage
+    assert (out / "teacher" / "diary.jsonl").exists()
+    assert (out / "judge" / "judge" / "judge.safetensors").exists()
+    assert "contrast" in (out / "compare" / "summary.json").read_text()
 
 
 def test_an_installed_reward_and_objective_train(
-    site: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Callable[..., TinyRun]
+    python: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Callable[..., TinyRun]
 ) -> None:
-    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.syspath_prepend(str(site_of(python)))
     run = tiny_run(
         rewards=[{"use": "acme/redness", "with": {"gain": 2.0}}],
         objective={"use": "acme/pull"},
