@@ -132,13 +132,13 @@ def velatura(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_two_machines_of_a_hostfile_do_what_two_tasks_do(
-    cut_off: Cut, programs: Path, tmp_path: Path
-) -> None:
+def test_two_machines_of_a_hostfile_do_what_two_tasks_do(cut_off: Cut, programs: Path, tmp_path: Path) -> None:
     """Bit for bit, though the other run was cut off."""
     folder = place(tmp_path / "hosts")
     (folder / "hosts").write_text("# two names of one machine\nlocalhost slots=1\n127.0.0.1 slots=1  # the other\n")
-    done = velatura(folder, "--hostfile", "hosts", 'stages.teacher.rewards.0={use: tinyworld-sharpness, name: "sharpness"}')
+    done = velatura(
+        folder, "--hostfile", "hosts", 'stages.teacher.rewards.0={use: tinyworld-sharpness, name: "sharpness"}'
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = folder / "runs" / "launched"
     assert (run / "logs" / "process-1.log").exists()

@@ -200,9 +200,8 @@ def run(stage: StageRun) -> dict[str, Any]:
             f"teacher/{name}", read_weights(path), what=f"stages.{stage.name}.teachers.{name} ({path})",
             device=torch.device("cpu"),
         )  # fmt: skip
-    made = {name: manifest_of(stage.run_folder, source).get("output") for name, source in config.teachers.items()}
+    made = {name: manifest_of(stage.run_folder, source).get("output") for name, source in config.weight_sets.items()}
     training.state_fact("teachers", made)
-    distiller = stage.build("distiller", config.distiller, "distiller")
     guidance = stage.build("guidance", config.guidance, "guidance")
     learner = Learner(
         engine=training.engine,
@@ -223,8 +222,10 @@ def run(stage: StageRun) -> dict[str, Any]:
     share = max(1, config.prompts_per_step // len(prompts))
     stage.ranks.require(share, f"{stage.at('prompts_per_step')} (shared by {len(prompts)} teachers)")
     with training.policy.gathered():
-        probes = [make_probe(learner, sampler, route, f"teacher/{route}", held_out(stage, route), stage.seed)
-                  for route in prompts if stage.ranks.first]  # fmt: skip
+        probes = [
+            make_probe(learner, sampler, name, f"teacher/{name}", held_out(stage, name.partition("/")[0]), stage.seed)
+            for name in config.weight_sets if stage.ranks.first
+        ]  # fmt: skip
     loop = Loop(
         stage=stage, training=training, learner=learner, distiller=distiller, sampler=sampler,
         timesteps=stage.build("timesteps", config.timesteps, "timesteps"),
