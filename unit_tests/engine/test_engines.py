@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from velatura.core.checkpoint import load_checkpoint, save_checkpoint
 from velatura.core.engine import Engine, EngineConfig, OptimizerConfig, make_engine
-from velatura.core.engine.local import check_precision
+from velatura.core.engine.local import check_precision, choose_device
 from velatura.core.errors import CheckpointError, VelaturaError
 
 SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}}
@@ -472,6 +472,27 @@ def test_a_process_loads_deepspeed_only_to_use_it_and_may_collect_an_engine_whil
     """Python 3.11 fails when the collector imports amid an import, so collecting an engine must import nothing."""
     run = subprocess.run([sys.executable, "-c", FRESH_PROCESS], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["deepspeed is loaded: False", "collected: True"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda", "'cuda', but torch sees no CUDA device. Use 'auto' or 'cpu'"),
+        ("xpu", "'xpu', which cannot be used here: .*XPU"),
+        ("gpu", "'gpu', which cannot be used here: .*Use 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(name: str, message: str) -> None:
+    if getattr(torch, name, None) and getattr(torch, name).is_available():
+        pytest.skip(f"this machine has {name}")
+    with pytest.raises(VelaturaError, match=f"engine.device is {message}"):
+        choose_device(name)
+
+
+@pytest.mark.skipif(torch.xpu.is_available(), reason="it can compute here")
+def test_a_precision_is_refused_for_what_the_device_itself_says() -> None:
+    with pytest.raises(VelaturaError, match=r"'bf16', which device 'xpu' cannot compute \(.*XPU.*Set it to 'fp32'"):
+        check_precision(torch.device("xpu"), "bf16")
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,6 +369,7 @@ def _execute(plan: Plan, ranks: Ranks, name: str, console: Console | None) -> di
     import torch
 
     from velatura.core.allocator import keep_freed_memory
+    from velatura.core.engine.local import choose_device
     from velatura.core.stages.common import StageRun
 
     keep_freed_memory()
@@ -379,7 +380,6 @@ def _execute(plan: Plan, ranks: Ranks, name: str, console: Console | None) -> di
     engine = plan.recipe.engine
     if threads := threads_of_process(engine.threads):
         torch.set_num_threads(threads)
-    device = engine.device if engine.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     run = StageRun(
         name=name,
         config=config,
@@ -388,7 +388,7 @@ def _execute(plan: Plan, ranks: Ranks, name: str, console: Console | None) -> di
         folder=plan.folder / name,
         run_folder=plan.folder,
         seed=plan.recipe.seed,
-        device=torch.device(device),
+        device=choose_device(engine.device),
         base=plan.base,
         console=console,
         ranks=ranks,

@@ -147,12 +147,24 @@ def _master(weight: nn.Parameter) -> nn.Parameter:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this process; `auto` is CUDA where there is one."""
+    """The device of this process; `auto` is CUDA where there is one.
+
+    Raises:
+        VelaturaError: there is no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise VelaturaError(f"engine.device is {name!r}, but torch sees no CUDA device. Use 'auto' or 'cpu'.")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device="meta" if device.type == "cuda" else device)
+    except (RuntimeError, AssertionError) as error:  # no such name; or torch is not compiled for it
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise VelaturaError(
+            f"engine.device is {name!r}, which cannot be used here: {reason}. Use 'auto', 'cpu', 'cuda' or 'cuda:N'."
+        ) from error
+    return device
 
 
 def check_precision(device: torch.device, precision: str) -> None:
@@ -174,7 +186,7 @@ def check_precision(device: torch.device, precision: str) -> None:
     try:
         one = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
         one @ one
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise VelaturaError(
             f"engine.precision is 'bf16', which device '{device}' cannot compute ({error}). Set it to 'fp32'."
         ) from error

@@ -15,6 +15,7 @@ from velatura.plugins.adapters.export_folder import MARK, replacing
 from velatura.plugins.adapters.lora import LORA_NAME, merged_state, unwrap
 from velatura.plugins.adapters.model_folder import INDEX, ModelFolder
 from velatura.plugins.adapters.processors import name_stock_classes
+from velatura.plugins.adapters.quiet import without_bars
 
 
 def write_pipeline(net: nn.Module, folder: Path, source: ModelFolder, info: Mapping[str, Any]) -> None:
@@ -25,7 +26,7 @@ def write_pipeline(net: nn.Module, folder: Path, source: ModelFolder, info: Mapp
     Raises:
         VelaturaError: `folder` holds something else.
     """
-    with replacing(folder) as draft:
+    with without_bars(), replacing(folder) as draft:
         _copy_frozen(source, draft)
         _write_transformer(net, draft / "transformer", source)
         _write_lora(net, draft / "lora", source)
