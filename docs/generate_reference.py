@@ -16,12 +16,13 @@ from velatura.core.contracts import CONTRACTS
 from velatura.core.judge_settings import RaterRef
 from velatura.core.recipe import SLOTS, STAGE_CLASSES, Recipe
 from velatura.core.registry import ComponentInfo, Registry
-from velatura.core.reward_settings import Breaker, Golden
+from velatura.core.reward_settings import Breaker, Golden, Recalibrate
 from velatura.core.settings import Engine, Optimizer, Sampling
 
 PAGE = Path(__file__).with_name("recipes.md")
 SETTINGS: Mapping[str, type[Settings]] = {
-    "engine": Engine, "sampling": Sampling, "optimizer": Optimizer, "breaker": Breaker, "golden": Golden
+    "engine": Engine, "sampling": Sampling, "optimizer": Optimizer, "breaker": Breaker, "golden": Golden,
+    "recalibrate": Recalibrate,
 }  # fmt: skip
 """Fields that hold settings of their own."""
 LISTS = ("rewards", "guards", "raters", "truth", "evaluators", "observers")

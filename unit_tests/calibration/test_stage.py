@@ -120,6 +120,17 @@ def test_another_stage_trains_with_the_weights_and_the_noise(done: Path) -> None
     assert "result of weights" in manifest["inputs"]
 
 
+def test_calibrated_rewards_are_compared_by_their_noise_unless_told_otherwise(folder: Path) -> None:
+    def named(*overrides: str) -> str:
+        text = RECIPE.replace("    advantage: reliability-z\n", "")
+        (folder / "plain.yaml").write_text(text)
+        return plan_run(folder / "plain.yaml", overrides).recipe.stage("teacher").advantage.use
+
+    assert named() == "reliability-z"
+    assert named("stages.teacher.advantage=group-z") == "group-z"
+    assert named("stages.teacher.weights_from=null") == "group-z"
+
+
 def test_a_finished_calibration_is_not_done_again_and_a_changed_one_is(done: Path, start: Start) -> None:
     before = (done / "weights" / "manifest.json").stat().st_mtime_ns
     start("done")

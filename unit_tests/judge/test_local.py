@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from velatura.api import Context, Prompt, Sample, Status, VelaturaError
-from velatura.rewards.judge.local import LocalJudge
+from velatura.rewards.judge.local import LocalJudge, _before_score
 from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pictures import to_picture
 from velatura.rewards.judge.reward import VlmJudge
@@ -168,8 +168,17 @@ def test_labels_of_several_tokens_are_refused_at_start(local: Make, tmp_path: Pa
         local(str(tmp_path / "ten.yaml"))
 
 
+def test_reasoning_that_was_cut_off_is_kept_whole_and_otherwise_ends_before_its_score() -> None:
+    weighing = "It is dark. A score: 3 would need more light, but"
+    assert _before_score(weighing, is_cut=True) == weighing
+    assert _before_score("It is dark.\nScore: [2]", is_cut=False) == "It is dark."
+    assert _before_score("It is dark.\nScore: [2", is_cut=True) == "It is dark."
+
+
 def test_a_folder_that_holds_no_judge_is_said(context: Context, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     judge = VlmJudge(VlmJudgeOptions(rubric="alignment", model="empty"))
     with pytest.raises(VelaturaError, match="does not open as an image-text-to-text model"):
         judge.setup(context)
+    with pytest.raises(VelaturaError, match="there is no folder '/nowhere/judge'"):
+        VlmJudge(VlmJudgeOptions(rubric="alignment", model="/nowhere/judge")).setup(context)

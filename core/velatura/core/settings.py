@@ -147,6 +147,14 @@ class RLStage(Settings):
             raise ValueError("give either 'prompts' (the name of a curate stage) or 'task', and not both")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_its_noise(cls, value: Any) -> Any:
+        """Where a calibrate stage has measured how noisy the rewards are, the advantage goes by that unless told."""
+        if isinstance(value, dict) and value.get("weights_from") is not None and value.get("advantage") is None:
+            return {**value, "advantage": "reliability-z"}
+        return value
+
     @model_validator(mode="after")
     def _has_weights_to_follow(self) -> RLStage:
         if self.recalibrate is not None and self.weights_from is None:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -79,6 +80,8 @@ def read_model(source: str, dtype: str) -> tuple[Any, Any]:
     """
     import transformers
 
+    if source.startswith(("/", "./", "../")) and not Path(source).is_dir():
+        raise VelaturaError(f"the judge's model: there is no folder {source!r}. Give one that transformers saved.")
     opener: Any = transformers.AutoModelForImageTextToText
     try:
         net = opener.from_pretrained(source, dtype=dtype)
