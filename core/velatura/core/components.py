@@ -64,9 +64,8 @@ class RewardModel(Component[O]):
     long."""
 
     def fingerprint(self, context: Context) -> str:
-        """Changes when its scores of the same pictures may: by default with its name, its options but the operational
-        ones, and the content of the files and folders that they name. Also asked before `setup`, so it loads nothing
-        and calls nobody."""
+        """Changes when its scores of the same pictures may: by default with name, options but the operational ones, and
+        the content of files and folders that they name. Asked before `setup`, too, so it loads nothing."""
         from velatura.core.fingerprint import options_fingerprint
 
         return options_fingerprint(self, context)
@@ -76,8 +75,8 @@ class RewardModel(Component[O]):
         """One score per sample, higher is better. What cannot be judged gets a `Status`, never a made-up number."""
 
     operational: ClassVar[frozenset[str]] = frozenset()
-    """Options that say where and how fast it runs, not what it says: a reward card holds, kept scores are found and a
-    finished stage stays finished, whatever they are. One within another is named with dots: `judge.server`."""
+    """Options that say where and how fast it runs, not what it says: cards, kept scores and finished stages hold,
+    whatever they are. One within another is named with dots: `judge.server`."""
 
     def needs_card(self) -> bool:
         """Whether it is an opinion, prompted or learned, and no measurement: a policy is trained on one that a reward
@@ -201,8 +200,7 @@ class AdvantageEstimator(Component[O]):
         return ""
 
     def calibrate(self, calibration: Calibration) -> None:
-        """What a calibrate stage measured, given after `setup` where the stage takes its weights from one; and given
-        again, before the next step, whenever the stage weighs its rewards anew."""
+        """What a calibrate stage measured; given after `setup`, and again whenever a stage weighs its rewards anew."""
 
     def unprepared(self, weights: Mapping[str, Mapping[str, float]]) -> str:
         """What it does not know of the stage's prompts (category -> reward -> largest weight there), empty when nothing
