@@ -168,7 +168,9 @@ class Watch:
 
     def _lost(self, error: RuntimeError) -> None:
         """The store is gone, and with it the process or the launcher that held it."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one for each machine, as they cannot agree any more
+        first, _ = self._heard[0]
+        here = first is not None and first.machine == socket.gethostname()  # then the machine's own first may be gone
+        if os.environ.get("LOCAL_RANK", "0") == ("1" if here else "0"):  # one each machine: they cannot agree any more
             reason = str(error).splitlines()[0]
             self._tell(
                 {
