@@ -26,7 +26,7 @@ def velatura() -> Run:
     def run(*arguments: object, cwd: Path, status: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
         command = [str(COMMAND), *map(str, arguments)]
         done = subprocess.run(  # type: ignore[call-overload]
-            command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False, **options
+            command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False, **options
         )
         assert done.returncode == status, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

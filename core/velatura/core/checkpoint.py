@@ -67,7 +67,7 @@ class Section(Mapping[str, Tensor]):
     @cached_property
     def _where(self) -> dict[str, Any]:
         """Name -> opened file."""
-        opened = [safe_open(path, framework="pt") for path in self.files]
+        opened: list[Any] = [safe_open(path, framework="pt") for path in self.files]
         return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no mapping)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -133,7 +133,7 @@ class DeepSpeedEngine:
                 owner.micro_step_id, owner.local_overflow = -1, False
                 owner._offload_accumulated_param_ids = set()
 
-    def _flat_masters(self) -> list[Tensor]:
+    def _flat_masters(self) -> list[Any]:
         """What the optimiser steps on behind ZeRO: this rank's shares, end to end."""
         owner = self._engine.optimizer
         if self.shards_weights:
