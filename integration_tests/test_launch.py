@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 RECIPES = Path(__file__).with_name("recipes")
 COMMAND = str(Path(sys.executable).with_name("velatura"))
-PATIENCE = 240
+PATIENCE = 600
 """Seconds for what takes ten on a free machine."""
 PDSH = """#!{python}
 # pdsh -S -f N -w HOSTS -N WORD ...: every host is this machine.
