@@ -25,7 +25,7 @@ SETTINGS: Mapping[str, type[Settings]] = {
     "recalibrate": Recalibrate,
 }  # fmt: skip
 """Fields that hold settings of their own."""
-LISTS = ("rewards", "guards", "raters", "truth", "evaluators", "observers")
+LISTS = ("rewards", "guards", "raters", "truth", "plus", "evaluators", "observers")
 """Slots that hold several components."""
 
 HEAD = """\
@@ -74,8 +74,11 @@ def lead(cls: type[Any]) -> str:
 def reference_text() -> str:
     """What may stand in a slot."""
     return (
-        "What stands in a slot. A reward has more fields than other components, and a rater of a rate stage one more "
-        "than a reward: its dimension.\n\n" + table(Ref) + "\n" + table(RaterRef, leave_out=tuple(Ref.model_fields))
+        "What stands in a slot. An objective of `plus` has a `weight`, too. A reward has more fields than other "
+        "components, and a rater of a rate stage one more than a reward: its dimension.\n\n"
+        + table(Ref)
+        + "\n"
+        + table(RaterRef, leave_out=tuple(Ref.model_fields))
     )
 
 

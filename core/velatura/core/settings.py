@@ -175,7 +175,7 @@ class DistillStage(Settings):
     teachers: dict[str, str | dict[str, float]] = Field(
         min_length=1,
         description="Route (t2i, edit) -> stage that trained its teacher; or several with weights that sum to 1, of "
-        "which each prompt asks one at a time, as often as its weight says.",
+        "which each prompt asks one at a time, as often as its weight says. Prompts are then those of the one asked most.",
     )
     prompts: dict[str, str] = Field(
         default_factory=dict, description="Route -> curate stage; what the teacher was trained on, when left out."
@@ -237,8 +237,8 @@ class DistillStage(Settings):
 
     @property
     def leading(self) -> dict[str, str]:
-        """Route -> the teacher whose prompts are taken where none are named: of several, the first."""
-        return {route: next(iter(mixture)) for route, mixture in self.mixtures.items()}
+        """Route -> the teacher whose prompts are taken where none are named: of several, the one asked most."""
+        return {route: max(mixture, key=lambda name: mixture[name]) for route, mixture in self.mixtures.items()}
 
     @property
     def weight_sets(self) -> dict[str, str]:
