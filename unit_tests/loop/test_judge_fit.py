@@ -122,7 +122,7 @@ def test_a_step_that_marks_more_pictures_is_better_than_one_that_marks_fewer(fin
     [
         ("aabbccdd", 8, 1, ["aabbccdd"]),
         ("aabbccdd", 8, 2, ["aabb", "ccdd"]),
-        ("aabbccdd", 8, 3, ["aa", "bb", "ccdd"]),
+        ("aabbccdd", 8, 3, ["aa", "bbcc", "dd"]),
         ("aabbccdd", 3, 2, ["aab", "bcc", "dd"]),
         ("aaaaaaaa", 4, 3, ["aaaa", "aaaa"]),
         ("aab", 8, 4, ["aa", "b"]),
