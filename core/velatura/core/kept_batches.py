@@ -119,7 +119,7 @@ def _kept(rank: int, about: Mapping[str, Any], own: Mapping[str, Tensor], kernel
     given = {name.removeprefix("points/"): value for name, value in own.items() if name.startswith("points/")}
     frozen: dict[Role, Tensor | None] = {Role(name): None for name in about["same_as_current"]}
     frozen |= {Role(n.removeprefix("frozen/")): value for n, value in own.items() if n.startswith("frozen/")}
-    points = Points(**given, kernel=kernel if about["drawn"] else None)  # type: ignore[arg-type]
+    points = Points(**given, kernel=kernel if about["drawn"] else None)
     batch = MicroBatch(prompts=prompts, rows=own["rows"], points=points, teacher=about["teacher"])
     return Kept(number=about["number"], batch=batch, frozen=frozen, rank=rank)
 

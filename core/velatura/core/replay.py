@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +143,17 @@ def _points(learner: Learner, batch: MicroBatch, velocity: Mapping[Role, Tensor]
 
 def _one(points: Points, n: int) -> Points:
     """One of N points."""
-    given = {f.name: getattr(points, f.name) for f in fields(Points)}
-    return Points(**{k: v[n : n + 1] if isinstance(v, Tensor) else v for k, v in given.items()})
+    return _mapped(points, lambda value: value[n : n + 1])
 
 
 def _on(points: Points, device: torch.device) -> Points:
-    given = {f.name: getattr(points, f.name) for f in fields(Points)}
-    return Points(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()})
+    return _mapped(points, lambda value: value.to(device))
+
+
+def _mapped(points: Points, change: Callable[[Tensor], Tensor]) -> Points:
+    given: dict[str, Any] = {f.name: getattr(points, f.name) for f in fields(Points)}
+    changed: dict[str, Any] = {name: change(value) for name, value in given.items() if isinstance(value, Tensor)}
+    return replace(points, **changed)
 
 
 def _odd(value: object) -> bool:

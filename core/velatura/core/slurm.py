@@ -33,10 +33,10 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     own_gpu = environment.get("CUDA_VISIBLE_DEVICES", "").strip()
     if own_gpu and "," not in own_gpu:  # --gpus-per-task: each task sees its own GPU alone, and calls it 0
         local = 0
-    environment |= {
+    environment.update({
         "RANK": str(_number(environment, "SLURM_PROCID")), "WORLD_SIZE": str(_number(environment, _COUNT)),
         "LOCAL_RANK": str(local),
-    }  # fmt: skip
+    })  # fmt: skip
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = first_node(environment.get("SLURM_STEP_NODELIST", ""))
     environment.setdefault("MASTER_PORT", str(_port(environment)))

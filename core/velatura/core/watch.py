@@ -315,13 +315,13 @@ def watched(ranks: Ranks, patience: float, logs: Path) -> Iterator[None]:
     if ranks.size == 1:
         yield
         return
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
         timeout=timedelta(seconds=max(1.0, patience)),
     )  # fmt: skip
-    watch = Watch(ranks, dist.PrefixStore("velatura-watch", store), patience, logs)
+    watch = Watch(ranks, PrefixStore("velatura-watch", store), patience, logs)
     watch.start()
     try:
         yield

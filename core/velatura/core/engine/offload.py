@@ -55,7 +55,7 @@ def require_room(config: EngineConfig, trained: int, weights: int, world_size: i
     share += -(-weights // world_size) if config.offload_weights else 0
     if not share:
         return
-    import psutil  # type: ignore[import-untyped]  # DeepSpeed brings it
+    import psutil  # DeepSpeed brings it
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = int(psutil.virtual_memory().available)

@@ -166,7 +166,7 @@ class Training:
         """A complete checkpoint after `step` steps, of which every process writes its share. Collective."""
         ranks, result = self.run.ranks, {self._result}
         shared = {name: self.policy.sets[name] for name in self._sets if name not in result}
-        single = {f"random-{ranks.rank}": generators_state()}
+        single: dict[str, Mapping[str, Tensor]] = {f"random-{ranks.rank}": generators_state()}
         if ranks.first:
             single |= {f"set-{name}": self.policy.sets[name] for name in self._sets if name in result}
             single |= {name: memory for name, own in self._carried.items() if (memory := own.state_dict())}

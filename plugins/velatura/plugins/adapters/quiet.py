@@ -17,16 +17,16 @@ def without_bars() -> Iterator[None]:
     from transformers.utils import logging as encoders
 
     logger = logging.getLogger("transformers.utils.import_utils")
-    before = [each for each in (stock, encoders) if each.is_progress_bar_enabled()]  # type: ignore[no-untyped-call]
+    before = [each for each in (stock, encoders) if each.is_progress_bar_enabled()]
     for each in before:
-        each.disable_progress_bar()  # type: ignore[no-untyped-call]
+        each.disable_progress_bar()
     logger.addFilter(_matters)
     try:
         yield
     finally:
         logger.removeFilter(_matters)
         for each in before:
-            each.enable_progress_bar()  # type: ignore[no-untyped-call]
+            each.enable_progress_bar()
 
 
 def _matters(record: logging.LogRecord) -> bool:

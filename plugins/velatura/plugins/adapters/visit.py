@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class Visit:
 
 def _tensors(module: nn.Module) -> Iterator[tuple[Place, Tensor]]:
     for part in module.modules():
-        for kept in (part._parameters, part._buffers):
+        places: tuple[Any, ...] = (part._parameters, part._buffers)
+        for kept in places:
             for name, tensor in list(kept.items()):
                 if tensor is not None:
                     yield (kept, name), tensor
