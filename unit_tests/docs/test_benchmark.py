@@ -33,3 +33,28 @@ def test_framework_and_floor_call_the_network_alike(task, batch, tmp_path):
     ratio = measured["cpu_ratio_of_fastest"]
     assert math.isfinite(ratio)
     assert 0.3 < ratio < 3
+
+
+def test_a_shared_prefix_saves_what_the_benchmark_says(tmp_path):
+    """At the default proportions (half of an edit's sequence is its source) and a smaller network."""
+    small = "--width 128 --layers 2 --side 16 --group 8 --steps 8 --points 8 --repeats 1"
+    result = subprocess.run(
+        [sys.executable, "benchmarks/shared_prefix.py", *small.split(), "--json", str(tmp_path / "out.json")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    rollout, update = found["edit rollout"], found["edit update"]
+    target, prefix = 256, 256 + 32
+    assert rollout["tokens"] == {"stock": 64 * (prefix + target), "shared": prefix + 64 * target}
+    assert update["tokens"] == {"stock": 8 * (prefix + target), "shared": prefix + 8 * target}
+    assert update["kept_bytes"]["stock"] > 1.6 * update["kept_bytes"]["shared"]
+    for job, least in (
+        (rollout, 1.4),
+        (update, 1.2),
+    ):  # 1.9 and 2.7 at full length; less leaves room for a busy machine
+        assert job["seconds"]["stock"] > least * job["seconds"]["shared"]
