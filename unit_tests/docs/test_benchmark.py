@@ -56,5 +56,5 @@ def test_a_shared_prefix_saves_what_the_benchmark_says(tmp_path):
     for job, least in (
         (rollout, 1.4),
         (update, 1.2),
-    ):  # 1.9 and 2.7 at full length; less leaves room for a busy machine
+    ):  # 1.9 and 2.7 at full length; a busy machine may do worse
         assert job["seconds"]["stock"] > least * job["seconds"]["shared"]
