@@ -76,6 +76,32 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000030"
 
 
+def test_those_at_multiples_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        save_checkpoint(tmp_path, step, tensors(step), STATE, keep=1, keep_every=20)
+    assert names(tmp_path) == ["step-000020", "step-000040", "step-000050"]
+
+
+def test_files_go_in_as_they_are_and_are_verified(tmp_path: Path) -> None:
+    ledger = tmp_path / "prompts.parquet"
+    ledger.write_bytes(b"as it was")
+    path = save_checkpoint(tmp_path / "checkpoints", 1, tensors(1), STATE, keep=1, files={ledger.name: ledger})
+    ledger.write_bytes(b"as it is now")
+    kept = load_checkpoint(path).file("prompts.parquet")
+    assert kept is not None
+    assert kept.read_bytes() == b"as it was"
+    flip(kept)
+    with pytest.raises(CheckpointError, match=r"prompts.parquet cannot be used: .*SHA-256 differs"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_from_before_there_were_parts_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 40)
+    state = path / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 1}))
+    assert load_checkpoint(path).tensors["optimizer"]["updates"] == 40
+
+
 def test_the_one_just_written_is_kept_even_if_later_ones_exist(tmp_path: Path) -> None:
     save(tmp_path, 30, 40)
     save(tmp_path, 35, keep=1)

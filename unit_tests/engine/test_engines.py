@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from velatura.core.checkpoint import load_checkpoint, save_checkpoint
 from velatura.core.engine import Engine, EngineConfig, OptimizerConfig, make_engine
 from velatura.core.engine.local import check_precision, choose_device
+from velatura.core.engine.offload import require_room
 from velatura.core.errors import CheckpointError, VelaturaError
 
 SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}}
@@ -175,6 +177,34 @@ def test_a_parameter_that_took_no_part_has_a_zero_gradient_and_still_decays(make
     torch.testing.assert_close(
         weights(net)["extra.weight"], (before.float() * 0.95).to(before.dtype), rtol=1e-2, atol=1e-6
     )
+
+
+def test_a_parameter_that_takes_no_part_any_more_has_no_gradient_of_an_earlier_step(make: Make) -> None:
+    _, engine = make()
+    train(engine, range(2))
+    engine.backward(loss(engine, batch(2), extra=False), last=True)
+    gradients = dict(engine.gradients())
+    assert not gradients["extra.weight"].any()
+    assert gradients["last.weight"].any()
+
+
+def test_a_state_may_be_gathered_in_parts(make: Make) -> None:
+    _, engine = make()
+    train(engine, range(1))
+    whole = engine.state_dict()
+    assert same(engine.state_dict(lambda name: name.endswith("last.weight")), {
+        name: value for name, value in whole.items() if name.endswith("last.weight")
+    })  # fmt: skip
+
+
+def test_offload_is_refused_where_it_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = EngineConfig(zero_stage=3, offload_optimizer=True, offload_weights=True)
+    require_room(config, trained=0, weights=100, world_size=2)
+    require_room(EngineConfig(zero_stage=3), trained=10**9, weights=10**9, world_size=2)
+    with pytest.raises(VelaturaError, match=r"would keep 18\.0 GB .*2 processes with 9\.0 GB each.* 0\.0 GB are free"):
+        require_room(config, trained=10**9, weights=2 * 10**9, world_size=2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
