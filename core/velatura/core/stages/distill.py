@@ -194,14 +194,7 @@ def run(stage: StageRun) -> dict[str, Any]:
     distiller: Distiller[Any] = stage.build("distiller", config.distiller, "distiller")
     objective = stage.objective(distiller)
     training = Training.of(stage, objective, config.updates_per_step)
-    for name, source in config.weight_sets.items():
-        path = weights_of(stage.run_folder, source)
-        training.policy.put(
-            f"teacher/{name}", read_weights(path), what=f"stages.{stage.name}.teachers.{name} ({path})",
-            device=torch.device("cpu"),
-        )  # fmt: skip
-    made = {name: manifest_of(stage.run_folder, source).get("output") for name, source in config.weight_sets.items()}
-    training.state_fact("teachers", made)
+    _put_teachers(stage, training)
     guidance = stage.build("guidance", config.guidance, "guidance")
     learner = Learner(
         engine=training.engine,
@@ -246,6 +239,19 @@ def run(stage: StageRun) -> dict[str, Any]:
         "guidance_scale": 1.0, "folded": folded != 1, "folded_scale": folded,
         "teachers": {route: " + ".join(mixture) for route, mixture in config.mixtures.items()},
     }  # fmt: skip
+
+
+def _put_teachers(stage: StageRun, training: Training) -> None:
+    """The teachers' weights, on the CPU until they are asked; checkpoints know whose they are."""
+    made = {}
+    for name, source in stage.config.weight_sets.items():
+        path = weights_of(stage.run_folder, source)
+        training.policy.put(
+            f"teacher/{name}", read_weights(path), what=f"stages.{stage.name}.teachers.{name} ({path})",
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        made[name] = manifest_of(stage.run_folder, source).get("output")
+    training.state_fact("teachers", made)
 
 
 def route_prompts(stage: StageRun, route: str) -> Sequence[Prompt]:
