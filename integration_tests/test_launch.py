@@ -65,7 +65,7 @@ def srun(folder: Path, *overrides: str, steps: Sequence[int] = (0, 1)) -> list[s
         }  # fmt: skip
         tasks.append(subprocess.Popen(
             [COMMAND, "run", "launched.yaml", *overrides], cwd=folder, env={**os.environ, **variables},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         ))  # fmt: skip
     return tasks
 
@@ -128,7 +128,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def velatura(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [COMMAND, "run", "launched.yaml", *arguments], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=PATIENCE, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False, start_new_session=True,
     )  # fmt: skip
 
 
