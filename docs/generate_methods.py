@@ -11,7 +11,7 @@ from velatura.core.cli import show
 from velatura.core.registry import ComponentInfo, Registry
 
 PAGE = Path(__file__).with_name("methods.md")
-TEXT = Path(__file__).with_name("methods_text.md")
+TEXT = Path(__file__).with_name("methods.in")
 """What is written by hand: everything before and after the components."""
 HERE = "<!-- components -->\n"
 """Where the components stand in it."""

@@ -175,7 +175,8 @@ class DistillStage(Settings):
     teachers: dict[str, str | dict[str, float]] = Field(
         min_length=1,
         description="Route (t2i, edit) -> stage that trained its teacher; or several with weights that sum to 1, of "
-        "which each prompt asks one at a time, as often as its weight says. Prompts are then those of the first.",
+        "which each prompt asks one at a time, as often as its weight says. Without "
+        "`prompts` they are those of the one asked most.",
     )
     prompts: dict[str, str] = Field(
         default_factory=dict, description="Route -> curate stage; what the teacher was trained on, when left out."
