@@ -77,6 +77,8 @@ def test_every_yaml_block_resolves(name, text, tmp_path):
     for _, code in blocks("python"):
         if first := re.match(r"# (\w+\.py)\n", code):
             (tmp_path / first[1]).write_text(code)
+    for plugin in (ROOT / "examples").glob("*/*.py"):
+        (tmp_path / plugin.name).write_text(plugin.read_text())
     data = yaml.safe_load(text)
     if text.startswith("# fragment"):
         data = merged(yaml.safe_load(SHIPPED.read_text()), data)

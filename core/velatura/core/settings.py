@@ -128,7 +128,9 @@ class RLStage(Settings):
     max_skipped: Whole = Field(10, description="Stop when more updates were skipped because they were not finite.")
     keep_every: Count | None = Field(None, description="Keep also those whose step is a multiple of this.")
     max_failed: Share = Field(0.05, description="Stop when a larger share of scores failed.")
-    probe_prompts: Count = Field(8, description="Prompts whose states under the first policy measure how far it goes.")
+    probe_prompts: Whole = Field(
+        8, description="Prompts whose states under the first policy measure how far it goes; 0 measures nothing."
+    )
     probe_every: Count = Field(10, description="Steps between such measurements.")
     allow_unvalidated_reward: Annotated[bool, Field(strict=True)] = Field(
         False,

@@ -65,7 +65,7 @@ class Loop:
     ledger: TrainingLedger
     reweighing: Reweighing | None
     probe: Probe | None
-    """States under the policy that the stage started from; on the first rank."""
+    """States under the policy that the stage started from; on the first rank, where they are asked for."""
 
     def step(self, index: int) -> dict[str, float]:
         """Sample, judge, learn."""
@@ -350,7 +350,7 @@ def run(stage: StageRun) -> dict[str, Any]:
             ledger=_ledger(stage),
             reweighing=follow_policy(stage, training, judge, advantage),
             probe=start_probe(learner, sampler, prompts, config.probe_prompts, training.initial, stage.seed)
-            if stage.ranks.first
+            if stage.ranks.first and config.probe_prompts
             else None,
         )
         if training.start == 0:
