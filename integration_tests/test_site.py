@@ -24,8 +24,8 @@ FLAGS = (
     "--virtual-time-budget=8000",
 )  # fmt: skip
 MEASURE = """<!doctype html><body style="margin:0">{frames}<pre id="out"></pre><script>
-const inside = e => e.closest("pre, table, .md-typeset__scrollwrap, .md-search, .md-sidebar, .md-tabs, " +
-  ".md-header, .md-top, svg, .highlight");
+const inside = e => e.closest("pre, table, .md-typeset__scrollwrap, " +
+  ".md-search, .md-sidebar, .md-tabs, .md-header, .md-top, svg, .highlight");
 function measured(frame) {{
   const page = frame.contentDocument, heading = page.querySelector("h1");
   return {{

@@ -108,6 +108,7 @@ stages:
     advantage: {use: acme/mean-margin}
     timesteps: {use: acme/window, with: {count: 2}}
     observers: [{use: acme/diary}]
+    optimizer: {lr: 1.0e-2}
     steps: 1
     prompts_per_step: 2
     group_size: 3
@@ -121,8 +122,8 @@ stages:
     probe_prompts: 2
   rated:
     stage: rate
-    task: {use: tinyworld, with: {task: t2i, count: 12}}
-    group_size: 4
+    task: {use: tinyworld, with: {task: t2i, count: 64}}
+    group_size: 2
     raters: [{use: tinyworld-rater, dimension: cleanliness, with: {looks_at: cleanliness}}]
   judge:
     stage: judge-fit
