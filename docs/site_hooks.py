@@ -24,7 +24,7 @@ def on_files(files: Files, config: Any) -> Files:
         page = waiting.pop()
         for target in outside(page):
             name = page_of(target)
-            if name in made or not target.is_file():
+            if name in made or not target.exists():
                 continue
             made.add(name)
             files.append(File.generated(config, name, content=shown(target)))
@@ -69,11 +69,15 @@ def origin_of(page: str) -> Path:
     if not page.startswith("project/"):
         return ROOT / "docs" / page
     name = page.removeprefix("project/")
-    return ROOT / name if (ROOT / name).is_file() else ROOT / name.removesuffix(".md")
+    return ROOT / name if (ROOT / name).exists() else ROOT / name.removesuffix(".md")
 
 
 def shown(target: Path) -> str:
-    """A page as it is; any other text as a block."""
+    """A page as it is; any other text as a block; the files of a folder."""
+    if target.is_dir():
+        files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+        listed = "\n".join(f"- `{file}`" for file in files if "__pycache__" not in file)
+        return f"# {target.relative_to(ROOT).as_posix()}\n\n{listed}\n"
     text = target.read_text(encoding="utf-8")
     if target.suffix == ".md":
         return text
