@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("generate_reference.py", "generate_api.py", "generate_errors.py", "draw_diagrams.py")
+SCRIPTS = (
+    *("generate_reference.py", "generate_api.py", "generate_errors.py", "generate_methods.py", "ablations_page.py"),
+    "draw_diagrams.py",
+)
 
 
 def main() -> int:
