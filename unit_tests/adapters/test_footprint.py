@@ -59,7 +59,7 @@ def test_a_blank_row_has_the_shapes_of_a_real_one(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("tried", [True, False], ids=["encoders tried", "encoders too large"])
-@pytest.mark.parametrize("name", ["flux2", "flux_kontext", "qwen_image_21", "qwen_image_edit_plus"])
+@pytest.mark.parametrize("name", ["flux2_klein", "flux_kontext", "qwen_image_21", "qwen_image_edit_plus"])
 def test_an_edit_is_rehearsed_with_its_source_in_the_shape_of_its_bucket(
     name: str, tried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
