@@ -7,6 +7,7 @@ a file for what it says, an exit status, and can be given the environment of one
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import importlib
 import json
 import os
@@ -104,9 +105,10 @@ def do(argv: Sequence[str]) -> int:
 def arm(do: str, at: str = "", call: int = 1, seconds: float = 0.0, size: int = 0, report: str = "") -> None:
     """Prepare a fault of this process.
 
-    `do`: `kill` (SIGKILL), `raise` (an error that nobody expects) or `sleep`, at the `call`-th call of the function
-    `at`, `module:name`; `limit`: no file can grow above `size` bytes; `stranger`: be a user who may write nothing;
-    `count`: write how many functions of Velatura were called into `report`; `kill-anywhere`: SIGKILL at the `call`-th.
+    `do`: `kill` (SIGKILL), `raise` (an error that nobody expects), `sleep` or `nan` (the `value` that it returns is not
+    finite), at the `call`-th call of the function `at`, `module:name`; `limit`: no file can grow above `size` bytes;
+    `stranger`: be a user who may write nothing; `count`: write how many functions of Velatura were called into
+    `report`; `kill-anywhere`: SIGKILL at the `call`-th.
     """
     if do == "stranger":
         os.setgroups([])
@@ -138,6 +140,9 @@ def broken(function: Callable[..., Any], do: str, call: int, seconds: float) -> 
                 os.kill(os.getpid(), signal.SIGKILL)
             if do == "raise":
                 raise ArithmeticError("something that nobody expected")
+            if do == "nan":
+                result = function(*arguments, **options)
+                return dataclasses.replace(result, value=result.value * float("nan"))
             time.sleep(seconds)
         return function(*arguments, **options)
 

@@ -7,6 +7,7 @@ see test_watch.py.
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -211,15 +212,42 @@ def test_a_damaged_checkpoint_is_told_once_and_the_one_before_is_used(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_processes_that_are_about_to_do_different_things_are_refused(curated: Path, forks: Any) -> None:
-    """The recipe of the second was edited in between."""
-    (curated / "other").mkdir()
+DIFFERENT = {
+    "stages.teacher.objective.with.beta=0.7": "before the first update of stage 'teacher' process 1 has another recipe",
+    "adapter.with.seed=9": "at the start of stage 'teacher' process 1 holds other weights than process 0, first in",
+}
+"""What is another in the second process -> what is said of it."""
+
+
+@pytest.mark.parametrize("change", DIFFERENT)
+def test_processes_that_are_about_to_do_different_things_are_refused(change: str, curated: Path, forks: Any) -> None:
+    """As when the recipe was edited in between, or a machine has another file of the same name."""
     where = port()
     pids = [
         forks.start(*STAGE, *changes, cwd=curated, rank=(number, 2, where), says=f"says-{number}.txt")
-        for number, changes in ((0, ()), (1, ("stages.teacher.objective.with.beta=0.7",)))
+        for number, changes in ((0, ()), (1, (change,)))
     ]
     assert forks.wait(*pids, seconds=200) == [2, 2], said(curated)
     (message,) = said(curated)
-    assert "before the first update of stage 'teacher' process 1 has another recipe than process 0" in message
+    assert DIFFERENT[change] in message
     assert not checkpoints(curated).exists()
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_stepped_on_by_none(curated: Path, forks: Any) -> None:
+    """Both skip the update, and each keeps its part."""
+    fault = {"do": "nan", "at": "velatura.plugins.objectives.nft:NFT.loss", "call": 6}
+    assert both(forks, curated, fault) == [0, 0], (curated / "says-1.txt").read_text()
+    run = curated / "runs" / "kill" / "teacher"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["skipped"] for row in rows) == 1 and min(row["updated"] for row in rows) == 0.5
+    (kept,) = (run / "nonfinite").iterdir()
+    assert json.loads((kept / "batch.json").read_text())["faults"] == ["the loss of micro-batch 0 of process 1 is nan"]
+    assert len(json.loads((kept / "process-0.json").read_text())) == 0
+    assert len(json.loads((kept / "process-1.json").read_text())) == 1
+    final = load_file(run / "weights.safetensors")
+    assert {n: v.shape for n, v in load_file(kept / "policy.safetensors").items()} == {
+        n: v.shape for n, v in final.items()
+    }
+    assert all(bool(value.isfinite().all()) for value in final.values())
+    assert forks.run("replay", kept, cwd=curated) == 0
+    assert "process 1, micro-batch 0: all is finite" in (curated / "says.txt").read_text()

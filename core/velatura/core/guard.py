@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from loguru import logger
 
-from velatura.core.errors import NotFiniteError
+from velatura.core.errors import CheckpointError, NotFiniteError
 from velatura.core.points import MicroBatch
 
 if TYPE_CHECKING:
@@ -127,10 +127,11 @@ class Guard:
             "faults": [str(fault) for fault in faults],
         }  # fmt: skip
         parts = [Kept(number=i, batch=batches[i], frozen=frozen[i]) for i in chosen]
-        weights = self.policy.weights() if self.ranks.first else None
         try:
-            write_kept(folder, self.ranks.rank, parts, weights, facts)
-        except (OSError, ValueError) as error:
+            with self.policy.gathered():
+                weights = self.policy.weights() if self.ranks.first else None
+                write_kept(folder, self.ranks.rank, parts, weights, facts)
+        except (OSError, ValueError, CheckpointError) as error:
             logger.warning("{}: the batch could not be kept in {}: {}", self.name, folder, error)
         self.ranks.barrier()
         return folder

@@ -73,6 +73,8 @@ class Training:
         self._sets, self._fixed, self._result = sets, fixed, result
         self.initial = {name: value.to("cpu", copy=True) for name, value in self.policy.weights().items()}
         optimizer = OptimizerConfig(**self.config.optimizer.model_dump(), total=self.config.steps * updates_per_step)
+        # engines give all ranks the first one's weights, so that different files must be found before
+        require_same_weights(run.ranks, self.policy.net, f"at the start of stage '{run.name}'")
         alive("the start of the engine")
         self.engine: Engine = make_engine(self.policy.net, run.engine_config(), optimizer)
         self.policy.gathered = self.engine.whole
