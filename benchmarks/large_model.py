@@ -181,7 +181,8 @@ def recipe_of(given: argparse.Namespace, adapter: str, side: int, folder: Path) 
         "sampling": {"steps": given.solver_steps, "batch": given.batch},
         "stages": {
             "rl": {**stage, "stage": "rl", "task": {"use": "prompts", "with": files}, "group_size": given.group,
-                   "probe_prompts": 0, "guidance": {"use": "rollout-only", "with": {"scale": 4.0}}, "rewards": [{"use": "bench/grain"}]},
+                   "probe_prompts": 0,
+                   "guidance": {"use": "rollout-only", "with": {"scale": 4.0}}, "rewards": [{"use": "bench/grain"}]},
             "distill": {**stage, "stage": "distill", "teachers": {route: "rl"}, "probe_prompts": 1,
                         "guidance": {"use": "teacher-only", "with": {"scale": 4.0}}, "probe_every": 1000},
         },

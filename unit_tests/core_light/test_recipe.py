@@ -386,7 +386,7 @@ def test_the_schema_knows_every_kind_of_stage_and_both_forms_of_a_reference() ->
     schema = recipe_schema()
     definitions = schema["$defs"]
     assert set(schema["properties"]["stages"]["additionalProperties"]["discriminator"]["mapping"]) == {
-        "curate", "calibrate", "rl", "distill", "supervised", "rate", "judge-fit", "evaluate", "export",
+        "curate", "calibrate", "rl", "distill", "supervised", "merge", "rate", "judge-fit", "evaluate", "export",
     }  # fmt: skip
     assert definitions["RLStage"]["required"] == ["stage"]  # the rest may come from the top
     assert definitions["DistillStage"]["required"] == ["stage", "teachers"]
@@ -426,7 +426,7 @@ def test_the_baseline_is_one_of_the_models(pipeline: str) -> None:
 def test_the_base_cannot_be_exported(pipeline: str) -> None:
     assert message(pipeline, "stages.out.model=base") == (
         "command line: stages.out.model: 'base' is what the adapter loads, untrained; a model here is a stage of kind "
-        "rl or distill or supervised. There is: student, teacher."
+        "rl or distill or supervised or merge. There is: student, teacher."
     )
 
 
