@@ -30,10 +30,10 @@ velatura ablate recipes/ablations/guidance.yaml --jobs 2
 ```
 
 does the missing runs side by side, one for each core, with progress; stop it and the same command goes on. Arms share
-the stages that are the same in them. A run takes about three minutes on one core for the files about one teacher, and a
-quarter of an hour for those about two teachers and a student. Results go to `runs/ablations/NAME`: `verdict.md`,
-`figure.svg`, `results.json`, and every run as `velatura run` leaves it. To ask a question of your own, write such a
-file about your own recipe.
+the stages that are the same in them, those of other files with the same `--output` included. A run takes about three
+minutes on one core for the files about one teacher, and a quarter of an hour for those about two teachers and a
+student. Results go to `runs/ablations/NAME`: `verdict.md`, `figure.svg`, `results.json`, and every run as `velatura
+run` leaves it. To ask a question of your own, write such a file about your own recipe.
 
 """
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from rich.console import Console
 from velatura.core import __version__
 from velatura.core.build import open_registry, resolve_options
 from velatura.core.checkpoint import write_json_atomic, write_text_atomic
+from velatura.core.environment import environment as environment
 from velatura.core.errors import CheckpointError, RecipeError, Stopped, VelaturaError
 from velatura.core.fingerprint import file_hash
 from velatura.core.inputs import difference, file_inputs, lasting, prompt_tasks
@@ -47,7 +44,6 @@ WATCHING = (
 """Options of a stage that its result does not depend on."""
 SPREAD = ("threads", "timeout", "zero_stage", "offload_optimizer", "offload_weights")
 """Options of the engine that results do not depend on, or by rounding alone: a run goes on with other ones."""
-LIBRARIES = ("torch", "diffusers", "deepspeed", "transformers", "numpy", "scipy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,16 +201,21 @@ def _claim(plan: Plan, recipe_path: Path, overrides: Sequence[str], *, remember:
     except OSError as error:
         raise RecipeError(f"cannot make the run folder {folder}: {error}. Choose another `output`.") from error
     if remember or not marker.exists():
-        write_json_atomic(marker, {
-            "recipe": recipe_path.stem, "path": str(recipe_path.resolve()),
-            "relative": os.path.relpath(recipe_path, folder), "overrides": list(overrides),
-        })  # fmt: skip
+        mark(folder, recipe_path, overrides)
     write_text_atomic(folder / "recipe.yaml", recipe_path.read_text())
     write_json_atomic(folder / "resolved.json", {
         "recipe": plan.resolved,
         "plugins": [vars_of(info) for info in used_components(plan.recipe, plan.registry)],
         "environment": environment(plan.base),
         "cards": as_data(plan.recipe, plan.registry),
+    })  # fmt: skip
+
+
+def mark(folder: Path, recipe_path: Path, overrides: Sequence[str]) -> None:
+    """Say in a run folder whose it is."""
+    write_json_atomic(folder / "run.json", {
+        "recipe": recipe_path.stem, "path": str(recipe_path.resolve()),
+        "relative": os.path.relpath(recipe_path, folder), "overrides": list(overrides),
     })  # fmt: skip
 
 
@@ -226,21 +227,6 @@ def _is_another(owner: Path, recipe: Path) -> bool:
 def vars_of(info: Any) -> dict[str, Any]:
     """A component's provenance as plain data."""
     return {key: getattr(info, key) for key in ("kind", "name", "plugin", "distribution", "version")}
-
-
-def environment(base: Path) -> dict[str, Any]:
-    """Where and with what this runs."""
-    git = None
-    if shutil.which("git"):
-        asked = ["git", "-C", str(base), "describe", "--always", "--dirty"]
-        git = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "velatura": __version__,
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "git": git or None,
-        **{name: version(name) for name in LIBRARIES},
-    }
 
 
 def _put_aside(folder: Path, stages: Sequence[str]) -> None:

@@ -124,7 +124,11 @@ def _ready(waiting: Sequence[Job], ended: Mapping[Job, int], leaders: Mapping[in
 def _start(recipe: Path, job: Job, others: Sequence[Job], threads: int) -> subprocess.Popen[bytes]:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     overrides = [*job.overrides, f"seed={job.seed}", f"output={job.folder}", f"engine.threads={threads}"]
-    borrow(recipe, overrides, job.folder, [other.folder for other in others if other.seed == job.seed])
+    siblings = [other.folder for other in others if other.seed == job.seed]
+    elsewhere = sorted(
+        job.folder.parents[2].glob(f"*/*/{job.folder.name}")
+    )  # other ablations of the same output folder
+    borrow(recipe, overrides, job.folder, [*siblings, *(found for found in elsewhere if found not in siblings)])
     command = [sys.executable, "-m", "velatura.core.cli", "run", str(recipe), *overrides]
     with job.log.open("ab") as log:
         return subprocess.Popen(
@@ -136,7 +140,7 @@ def _start(recipe: Path, job: Job, others: Sequence[Job], threads: int) -> subpr
 def borrow(recipe: Path, overrides: Sequence[str], folder: Path, others: Sequence[Path]) -> list[str]:
     """Copy finished stages of other runs that this run would do just the same; returns their names."""
     from velatura.core.inputs import difference
-    from velatura.core.pipeline import plan_run, stage_inputs
+    from velatura.core.pipeline import mark, plan_run, stage_inputs
 
     plan = plan_run(recipe, overrides)
     taken = []
@@ -152,7 +156,7 @@ def borrow(recipe: Path, overrides: Sequence[str], folder: Path, others: Sequenc
                 shutil.copytree(other / name, temporary)
                 if not (folder / "run.json").exists():
                     folder.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(other / "run.json", folder / "run.json")
+                    mark(folder, recipe, overrides)
                 temporary.rename(folder / name)
                 taken.append(name)
     if taken:
