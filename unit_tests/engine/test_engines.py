@@ -99,8 +99,8 @@ def train(engine: Engine, steps: range) -> None:
         engine.step()
 
 
-def weights(net: Net) -> dict[str, Tensor]:
-    with net.whole():
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    with net.whole() if isinstance(net, Net) else nullcontext():
         return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
