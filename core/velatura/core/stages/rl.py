@@ -94,9 +94,9 @@ class Loop:
             tally = self.learn(index, made, advantages.of(rows), with_signal(report, advantages), dealt[ranks.rank])
         self.learner.follow(index)
         drift = {}
-        if self.probe is not None and ((index + 1) % config.probe_every == 0 or index + 1 == config.steps):
-            with watch.phase("probe"):
-                drift = self.probe.drift(self.learner)
+        if config.probe_prompts and ((index + 1) % config.probe_every == 0 or index + 1 == config.steps):
+            with watch.phase("probe"), self.learner.policy.gathered():  # the first process alone has a probe
+                drift = {} if self.probe is None else self.probe.drift(self.learner)
         if (index + 1) % config.pictures_every == 0 or index + 1 == config.steps:
             with watch.phase("pictures"):
                 self.showcase.draw(index + 1)
@@ -349,9 +349,7 @@ def run(stage: StageRun) -> dict[str, Any]:
             showcase=Showcase(stage, training.policy, sampler, prompts),
             ledger=_ledger(stage),
             reweighing=follow_policy(stage, training, judge, advantage),
-            probe=start_probe(learner, sampler, prompts, config.probe_prompts, training.initial, stage.seed)
-            if stage.ranks.first and config.probe_prompts
-            else None,
+            probe=_probe(stage, training, learner, sampler, prompts),
         )
         if training.start == 0:
             loop.showcase.draw(0)
@@ -360,6 +358,17 @@ def run(stage: StageRun) -> dict[str, Any]:
     return training.finish() | {"guidance_scale": scale} | training.lineage() | {
         "failures": failures(stage), "failures_by_category": counted_in(read_log(stage.folder / "metrics.jsonl"))
     }  # fmt: skip
+
+
+def _probe(
+    stage: StageRun, training: Training, learner: Learner, sampler: Sampler, prompts: Sequence[Prompt]
+) -> Probe | None:
+    """The first process's states of a few prompts; none elsewhere, but all give their share of the weights."""
+    count = stage.config.probe_prompts
+    with training.policy.gathered():
+        if not count or not stage.ranks.first:
+            return None
+        return start_probe(learner, sampler, prompts, count, training.initial, stage.seed)
 
 
 def _ledger(stage: StageRun) -> TrainingLedger:
