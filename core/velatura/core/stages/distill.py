@@ -205,11 +205,7 @@ def run(stage: StageRun) -> dict[str, Any]:
         encoder=Encoder(training.adapter, training.engine.device),
         guard=training.guard,
     )
-    kernel = stage.build("kernel", config.kernel, "kernel")
-    sampler = Sampler(
-        adapter=training.adapter, guidance=guidance, kernel=kernel, steps=config.sampling.steps,
-        batch=config.sampling.batch, role=Role.CURRENT, solver=stage.solver(),
-    )  # fmt: skip
+    sampler = replace(stage.sampler(training.adapter, guidance), role=Role.CURRENT)
     prompts = {route: route_prompts(stage, route) for route in config.teachers}
     check_routes(stage, distiller, prompts)
     share = max(1, config.prompts_per_step // len(prompts))
@@ -250,7 +246,8 @@ def _put_teachers(stage: StageRun, training: Training) -> None:
             f"teacher/{name}", read_weights(path), what=f"stages.{stage.name}.teachers.{name} ({path})",
             device=torch.device("cpu"),
         )  # fmt: skip
-        made[name] = manifest_of(stage.run_folder, source).get("output")
+        known = (path.parent / "manifest.json").exists()  # weights that were put there have none
+        made[name] = manifest_of(stage.run_folder, source).get("output") if known else None
     training.state_fact("teachers", made)
 
 
