@@ -175,6 +175,7 @@ def test_the_figure_shows_every_arm_and_the_files_are_complete(write: Write, tmp
     ("old", "new", "message"),
     [
         ("more: two, than: one", "more: tow, than: one", "no arm is called 'tow'. Did you mean 'two'?"),
+        ("more: two, than: one", "more: two, than: two", "expect.1: 'two' is compared with itself"),
         ("seeds: [0, 1]", "seeds: [0, 0]", "a seed stands there twice"),
         ("model: teacher", "model: student", "'compare' does not measure the model 'student'"),
         ("model: teacher\n", "", "arm 'one' has no 'model'"),

@@ -138,7 +138,7 @@ class Learner:
         if tally.faults:
             if self.guard is not None:
                 self.guard.refuse(tally.faults, batches, frozen)
-            return replace(tally, metrics={"updated": 0.0})
+            return replace(tally, metrics={"updated": 0.0}, timed={})
         self.policy.changed()
         tally.metrics |= {"grad_norm": info.grad_norm, "lr": info.lr, "updated": 1.0}
         return tally

@@ -39,7 +39,7 @@ RESULTS = (
 EXPORTED = "model/**/*.safetensors"
 WATCHING = (
     *("observers", "checkpoint_every", "pictures_every", "keep_checkpoints", "keep_every"),
-    *("max_failed", "max_skipped"),
+    *("max_failed", "max_skipped", "probe_every", "probe_prompts"),
 )
 """Options of a stage that its result does not depend on."""
 SPREAD = ("threads", "timeout", "zero_stage", "offload_optimizer", "offload_weights")

@@ -35,7 +35,8 @@ class Probe:
             squares += float((v - target.float()).square().sum())
             own, other = own + float(v.square().sum()), other + float(target.float().square().sum())
             count += v.numel()
-        return {"probe/kl": squares / max(1, count), "probe/norm_ratio": (own / max(other, 1e-30)) ** 0.5}
+        ratio = {"probe/norm_ratio": (own / other) ** 0.5} if other else {}  # a network that begins with 0 has none
+        return {"probe/kl": squares / max(1, count)} | ratio
 
 
 def make_probe(

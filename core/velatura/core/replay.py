@@ -22,8 +22,8 @@ from velatura.core.policy import Policy
 from velatura.core.stages.common import StageRun
 from velatura.core.types import Points, Role
 
-OBJECTIVES = {"rl": "objective", "supervised": "objective", "distill": "distiller"}
-"""Kind of stage -> slot of what makes its loss."""
+REPLAYED = ("rl", "supervised", "distill")
+"""Kinds of stage whose updates are kept."""
 GUIDED = ("rl", "distill")
 SHOWN = 8
 """Names of one kind in a line."""
@@ -79,8 +79,8 @@ def replay(folder: Path) -> Replayed:
         )
     folder = folder.resolve()
     stage = stage_run(open_run(folder.parents[2]), folder.parents[1].name)
-    if stage.config.stage not in OBJECTIVES:
-        raise VelaturaError(f"a stage of kind {stage.config.stage} cannot be replayed; {', '.join(OBJECTIVES)} can.")
+    if stage.config.stage not in REPLAYED:
+        raise VelaturaError(f"a stage of kind {stage.config.stage} cannot be replayed; {', '.join(REPLAYED)} can.")
     kernel = stage.build("kernel", stage.config.kernel, "kernel") if hasattr(stage.config, "kernel") else None
     kept = read_kept(folder, kernel)
     learner = _learner(stage, kept)
@@ -97,11 +97,10 @@ def _learner(stage: StageRun, kept: KeptUpdate) -> Learner:
     engine = stage.recipe.engine
     config = EngineConfig(kind="local", precision=engine.precision, device=engine.device, threads=engine.threads)
     made = make_engine(policy.net, config, OptimizerConfig(lr=stage.config.optimizer.lr))
-    slot = OBJECTIVES[stage.config.stage]
     guidance = stage.config.guidance if stage.config.stage in GUIDED else "none"
     return Learner(
         engine=made, policy=policy, adapter=adapter, guidance=stage.build("guidance", guidance, "guidance"),
-        objective=stage.build(slot, getattr(stage.config, slot), slot), encoder=Encoder(adapter, made.device),
+        objective=stage.objective(), encoder=Encoder(adapter, made.device),
     )  # fmt: skip
 
 

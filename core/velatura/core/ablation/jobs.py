@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from velatura.core.ablation.settings import Ablation
-from velatura.core.errors import RecipeError, VelaturaError
+from velatura.core.errors import RecipeError, Stopped, VelaturaError
+from velatura.core.interruption import INTERRUPTION
 
 POLL = 0.5
 """Seconds between looks at the runs."""
@@ -87,6 +88,7 @@ def run_jobs(recipe: Path, jobs: Sequence[Job], *, at_once: int, console: Consol
 
     Raises:
         VelaturaError: runs failed; what each said last is told.
+        Stopped: SIGTERM or Ctrl-C; the runs that were going on have saved what they had.
     """
     every = list(dict.fromkeys(jobs))
     leaders = {job.seed: job.arm for job in reversed(every)}
@@ -94,9 +96,13 @@ def run_jobs(recipe: Path, jobs: Sequence[Job], *, at_once: int, console: Consol
     threads = max(1, (os.cpu_count() or 1) // at_once)
     running: dict[Job, subprocess.Popen[bytes]] = {}
     ended: dict[Job, int] = {}
-    with Bars(console, len(waiting)) as bars:
+    with INTERRUPTION.listen(tell=True), Bars(console, len(waiting)) as bars:
         try:
             while waiting or running:
+                if INTERRUPTION.asked:
+                    raise Stopped(
+                        f"{INTERRUPTION.signal}: {len(ended)} of {len(every)} runs are done, others are saved"
+                    )
                 for job in _ready(waiting, ended, leaders, at_once - len(running)):
                     waiting.remove(job)
                     running[job] = _start(recipe, job, every, threads)
@@ -145,20 +151,23 @@ def borrow(recipe: Path, overrides: Sequence[str], folder: Path, others: Sequenc
     plan = plan_run(recipe, overrides)
     taken = []
     for name in plan.recipe.order():
-        for other in others:
-            manifest = _manifest(other / name)
-            if other == folder or (folder / name).exists() or manifest.get("status") != "finished":
-                continue
-            kind = manifest.get("kind") == plan.recipe.stage(name).stage
-            if kind and not difference(manifest["inputs"], stage_inputs(plan, name)):
-                temporary = folder.parent / f".{folder.name}-{name}"
-                shutil.rmtree(temporary, ignore_errors=True)
-                shutil.copytree(other / name, temporary)
-                if not (folder / "run.json").exists():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    mark(folder, recipe, overrides)
-                temporary.rename(folder / name)
-                taken.append(name)
+        if (folder / name).exists():
+            continue
+        found = {other / name: _manifest(other / name) for other in others if other != folder}
+        kind = plan.recipe.stage(name).stage
+        found = {at: own for at, own in found.items() if own.get("status") == "finished" and own.get("kind") == kind}
+        wanted = stage_inputs(plan, name) if found else {}
+        source = next((at for at, own in found.items() if not difference(own["inputs"], wanted)), None)
+        if source is None:
+            continue
+        temporary = folder.parent / f".{folder.name}-{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        if not (folder / "run.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            mark(folder, recipe, overrides)
+        temporary.rename(folder / name)
+        taken.append(name)
     if taken:
         logger.debug("{}: taken over from another arm: {}", folder, ", ".join(taken))
     return taken

@@ -155,7 +155,7 @@ class _Reader:
         """The difference of two arms; None where no prompt has the metric in both."""
         rows: list[dict[str, float]] = []
         for seed in self.ablation.seeds:
-            a, b = self._measured(more, seed, route), self._measured(than, seed, route)
+            a, b = self._measured(more, seed, route, than), self._measured(than, seed, route, more)
             if a is None or b is None or metric not in a.metrics or metric not in b.metrics:
                 return None
             rows.append(_differences(a, b, metric, category))
@@ -164,9 +164,9 @@ class _Reader:
             return None
         return crossed_mean(np.array([[row[unit] for unit in units] for row in rows]))
 
-    def _measured(self, arm: str, seed: int, route: str) -> Measured | None:
-        """An arm's model on a route; the base is the same in all arms of a seed."""
-        table = self.tables[next(iter(self.ablation.arms)) if arm == BASE else arm, seed]
+    def _measured(self, arm: str, seed: int, route: str, other: str) -> Measured | None:
+        """An arm's model on a route; the base as it was measured beside the `other` arm."""
+        table = self.tables[other if arm == BASE else arm, seed]
         return table.routes.get(route, {}).get(self.ablation.model_of(arm))
 
 

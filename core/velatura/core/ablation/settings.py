@@ -66,6 +66,8 @@ class Ablation(Settings):
             if arm.model is None and self.model is None:
                 raise ValueError(f"arm {name!r} has no 'model', and there is none above for all arms")
         for index, expectation in enumerate(self.expect):
+            if expectation.more == expectation.than:
+                raise ValueError(f"expect.{index}: {expectation.more!r} is compared with itself. Name two arms")
             for key in ("more", "than"):
                 arm_name = getattr(expectation, key)
                 if arm_name not in (*self.arms, BASE):

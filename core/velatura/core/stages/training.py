@@ -215,13 +215,13 @@ class Training:
             stage=self.run.name, kind=self.config.stage, folder=self.run.folder, step=self.start, total=total,
             config=self.config.model_dump(by_alias=True),
         ))  # fmt: skip
-        done = self.start
+        self._done = self.start
         try:
             with self.run.progress(total, self.start, unit="steps") as bar:
                 for index in range(self.start, total):
-                    done = self._one(index, step, note, bar)
+                    self._one(index, step, note, bar)
         except Exception as error:
-            self.run.notify("run_end", RunEnd(step=done, error=str(error)))
+            self.run.notify("run_end", RunEnd(step=self._done, error=str(error)))
             raise
         self.run.notify("run_end", RunEnd(step=total))
 
@@ -231,23 +231,22 @@ class Training:
         step: Callable[[int], dict[str, float]],
         note: Callable[[Mapping[str, float]], str],
         bar: Ticker,
-    ) -> int:
+    ) -> None:
         self.guard.begin(index)
         begin = time.perf_counter()
         metrics = step(index) | self.guard.metrics
+        self._done = done = index + 1
         metrics["time/step_s"] = time.perf_counter() - begin
         if self.log is not None:
             self.log.add(index, metrics)
         self.run.notify("step_end", StepEnd(step=index, metrics=metrics))
         self.guard.require_budget()
-        done = index + 1
         asked = self.run.asked_to_stop()
         if done < self.config.steps and (asked or done % self.config.checkpoint_every == 0):
             self.save(done)
         bar.tick(note(metrics))
         if done < self.config.steps and asked:
             raise Stopped(f"{asked}: stage '{self.run.name}' is saved after step {done} of {self.config.steps}")
-        return done
 
     def _require_alike(self) -> None:
         """All processes are about to do the same, from the same weights."""
@@ -258,7 +257,8 @@ class Training:
             "version of Velatura": __version__,
             "version of torch": torch.__version__,
         }, when)  # fmt: skip
-        require_same_weights(ranks, self.policy.net, when)
+        with self.engine.whole():
+            require_same_weights(ranks, self.policy.net, when)
 
     def lineage(self) -> dict[str, Any]:
         """What the result inherits from where it started: a student's folded guidance stays folded."""
