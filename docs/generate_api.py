@@ -33,8 +33,8 @@ CLI_HEAD = f"""\
 {NOTE}
 
 `velatura COMMAND --help` says the same. A command ends with 0 when it is done, with 1 when what was measured does not
-pass, with 2 when you can mend what is wrong (one message says how), with 75 when it was asked to stop and has saved, and
-with 130 after a second Ctrl-C ([stopping](stopping.md#ways-to-end)).
+pass, with 2 when you can mend what is wrong (one message says how), with 75 when it was asked to stop and has saved,
+and with 130 after a second Ctrl-C ([stopping](stopping.md#ways-to-end)).
 """
 
 
