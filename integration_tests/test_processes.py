@@ -20,8 +20,11 @@ from safetensors.torch import load_file
 
 TINY = Path(__file__).with_name("recipes") / "tiny.yaml"
 Run = Callable[..., subprocess.CompletedProcess[str]]
-UNEVEN = ("engine.kind=deepspeed", "stages.teacher_t2i.micro_batch=4", "stages.teacher_t2i.updates_per_step=3")
-"""Three groups in three updates: in every update one of two processes has nothing to learn from."""
+UNEVEN = (
+    "engine.kind=deepspeed", "stages.teacher_t2i.micro_batch=4", "stages.teacher_t2i.updates_per_step=3",
+    "plugins=[./first_alone.py]", "stages.teacher_edit.prompt_filter=first-alone",
+)  # fmt: skip
+"""Three groups in three updates, and a filter that leaves one group: one of two processes has nothing to learn from."""
 TRAINED = ("warm", "teacher_t2i", "teacher_edit", "student")
 COUNTED = ("rows/forward", "rows/gradient")
 """What a process adds when it has run out of work."""
@@ -43,6 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, velatura: Run) -> dict[str, P
     for name, arguments in RUNS.items():
         folder = tmp_path_factory.mktemp("processes")
         shutil.copy(TINY, folder / "tiny.yaml")
+        shutil.copy(TINY.with_name("first_alone.py"), folder)
         velatura("run", "tiny.yaml", *UNEVEN, *arguments, cwd=folder)
         found[name] = folder / "runs" / "tiny"
     return found

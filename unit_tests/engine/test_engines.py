@@ -75,12 +75,6 @@ Make = Callable[..., tuple[Net, Engine]]
 SLOW_TO_MAKE = "zero-1-bf16"  # DeepSpeed collects garbage five times at its start
 
 
-@pytest.fixture(autouse=True)
-def stock_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's stage 3 leaves its own linear function in torch, which other tests of this process do not compile."""
-    monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)
-
-
 @pytest.fixture(params=[name for name in CONFIGS if name != SLOW_TO_MAKE])
 def make(request: pytest.FixtureRequest) -> Make:
     """Makes the same network behind an engine of each kind."""

@@ -170,7 +170,7 @@ class Watch:
         """The store is gone, and with it the process or the launcher that held it."""
         first, _ = self._heard[0]
         here = first is not None and first.machine == socket.gethostname()  # then the machine's own first may be gone
-        if os.environ.get("LOCAL_RANK", "0") == ("1" if here else "0"):  # one each machine: they cannot agree any more
+        if os.environ.get("LOCAL_RANK", "0") in (("0", "1") if here else ("0",)):  # they cannot agree any more on one
             reason = str(error).splitlines()[0]
             self._tell(
                 {
