@@ -12,7 +12,7 @@ LINEAR = nn.functional.linear
 
 @pytest.fixture(autouse=True, scope="module")
 def stock_linear() -> Iterator[None]:
-    """DeepSpeed's stage 3 leaves its own linear function in torch, which the tests of another file could not compile."""
+    """DeepSpeed's stage 3 leaves its own linear function in torch, which tests of another file cannot compile."""
     nn.functional.linear = LINEAR
     yield
     nn.functional.linear = LINEAR
