@@ -56,7 +56,8 @@ class Assumptions:
     picture: float = said(1.5e6, "bytes of a picture on its way to a judge")
     report: float = said(1e3, "bytes of a sample's scores and reasons, which every process gets")
     python: float = said(
-        150e-6, "seconds that each process takes for a sample of the whole step, measured on a busy CPU"
+        150e-6,
+        "seconds that each process takes for a sample of the whole step, measured on a busy CPU; a tenth on a quiet one",
     )
 
 
