@@ -57,7 +57,7 @@ class Assumptions:
     report: float = said(1e3, "bytes of a sample's scores and reasons, which every process gets")
     python: float = said(
         150e-6,
-        "seconds that each process takes for a sample of the whole step, measured on a busy CPU; a tenth on a quiet one",
+        "seconds that each process takes for a sample of the whole step, as on a busy CPU; a tenth on a quiet one",
     )
 
 
