@@ -109,7 +109,7 @@ def _charts(series: Mapping[str, list[Point]]) -> tuple[list[Chart], list[Chart]
         ("Reward, composite", matching(r"reward/(composite)")),
         ("Rewards, each by itself", matching(r"reward/(.+)/mean")),
         ("Agreement with the ratings, calibration split", matching(r"calibration/(spearman|pairwise|marked)")),
-        ("Gold metrics, never trained on", matching(r"gold/(.+?)(?:/mean)?")),
+        ("Gold metrics, not used in training", matching(r"gold/(.+?)(?:/mean)?")),
         ("Distance to the teachers on fixed held-out states", matching(r"probe/(.+)")),
         ("Loss", matching(r"(loss)")),
         ("Distance to the reference (KL)", matching(r"(.*\bkl\b.*)")),
