@@ -37,6 +37,37 @@ run` leaves it. To ask a question of your own, write such a file about your own 
 
 """
 
+REPORT = """\
+## The claims of the Qwen-Image-2.0-RL report, one by one
+
+What arXiv:2606.27608 says it found, and what this world says of it. *Not testable here*: that needs people, a model of
+full size, or weights that are not public.
+
+| claim of the report | here | evidence |
+|---|---|---|
+"""
+CLAIMS = (
+    ("Reinforcement learning on composite rewards makes the base better, for text-to-image and for edits", "reproduced",
+     "both teachers in three seeds, [results](results.md)"),
+    ("Guidance in rollout and loss is unstable; without any, what is not rewarded is lost; hybrid guidance is neither",
+     "guidance", ""),
+    ("Training on all steps invites reward hacking, steps of high noise do not", "timesteps", ""),
+    ("Prompts whose samples differ in reward are the ones to train on", "curation", ""),
+    ("Weights by category keep one style from taking over", "category-weights", ""),
+    ("A student distilled on its own trajectories keeps what both teachers learned; mixed rewards keep less",
+     "merging", ""),
+    ("The teacher's guidance folds into the student, which then samples without", "reguided", ""),
+    ("Rewards behind servers cost no time while the next pictures are drawn", "reproduced",
+     "91 % of the time of a judge is hidden, [benchmarks](../benchmarks/README.md)"),
+    ("Judges trained on marks agree with people better than those trained on pairs", "not testable here",
+     "a question to people; both losses are there, [judges](judges.md)"),
+    ("A layered alignment judge, and one for portraits, see what people see", "not testable here",
+     "their weights are not public; how to find out for a judge of yours: [reward cards](reward-cards.md)"),
+    ("Higher on Qwen-Image-Bench, in every pillar, and preferred by people in the arena", "not testable here",
+     "neither the model nor its rewards are public"),
+)  # fmt: skip
+"""Claim, an ablation of ours or a verdict, and where the evidence is if there is no ablation."""
+
 
 def page() -> str:
     """The whole page."""
@@ -46,8 +77,15 @@ def page() -> str:
     for name, ablation in loaded.items():
         verdict = found[name]["verdict"] if found[name] else "not run yet"
         rows.append(f"| [{ablation.question}](#{name}) | {ablation.claim} | {verdict} |")
+    claims = [_claim(*claim, found) for claim in CLAIMS]
     sections = [_section(name, ablation, found[name]) for name, ablation in loaded.items()]
-    return HEAD + "\n".join(rows) + "\n\n" + "\n".join(sections)
+    return HEAD + "\n".join(rows) + "\n\n" + REPORT + "\n".join(claims) + "\n\n" + "\n".join(sections)
+
+
+def _claim(claim: str, verdict: str, evidence: str, found: dict[str, dict[str, object]]) -> str:
+    if verdict in found:
+        evidence, verdict = f"[{verdict}](#{verdict})", str(found[verdict].get("verdict", "not run yet"))
+    return f"| {claim} | {verdict} | {evidence} |"
 
 
 def _results(name: str) -> dict[str, object]:
