@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from velatura.api import Context, Prompt, Sample, Status, VelaturaError
 from velatura.rewards.judge.local import LocalJudge, _before_score
@@ -158,6 +160,37 @@ def test_judges_with_several_rubrics_share_one_copy_and_may_work_at_once(local: 
         thread.join()
     assert torch.equal(together[0], alone[0])
     assert torch.equal(together[1], alone[1])
+
+
+def test_a_revision_of_a_model_on_the_hub_is_a_judge_of_its_own(
+    family: str, folder: Path, tmp_path: Path, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the hub as it lies on a disk, with two commits of one model."""
+    repository = tmp_path / "models--acme--judge"
+    new, old = "a" * 40, "b" * 40
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "snapshots" / new).symlink_to(folder)
+    shutil.copytree(folder, repository / "snapshots" / old)
+    weights = repository / "snapshots" / old / "model.safetensors"
+    save_file({name: value * 0.5 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(new)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def opened(**options: Any) -> VlmJudge:
+        given = {"rubric": "alignment", "model": "acme/judge", "reasoning_tokens": 0, "min_mass": 0} | options
+        judge = VlmJudge(VlmJudgeOptions.model_validate(given))
+        judge.setup(context)
+        return judge
+
+    judges = [opened(), opened(revision=old), opened(model=str(folder))]
+    latest, earlier, placed = (judge.score(samples()).values for judge in judges)
+    assert torch.equal(latest, placed)
+    assert not torch.equal(latest, earlier)
+    assert judges[0].fingerprint(context) != judges[1].fingerprint(context)
+    with pytest.raises(VelaturaError, match="does not open as an image-text-to-text model"):
+        opened(revision="c" * 40)
 
 
 def test_labels_of_several_tokens_are_refused_at_start(local: Make, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from chat_server import Question, Raw, scored
 from pydantic import ValidationError
 
-from velatura.api import Context, Status
+from velatura.api import Context, Status, Usage
 from velatura.core.base_settings import Ref
 from velatura.core.cards.identity import differences, identity_of
 from velatura.core.registry import Registry
@@ -61,6 +62,17 @@ def test_parts_become_one_score(combine: str, expected: float, serve: Make, part
     assert made.status == (Status.OK, Status.OK)
     torch.testing.assert_close(made.values, torch.full((2,), expected), atol=2e-3, rtol=0)
     assert "alignment:" in made.notes[0] and "aesthetics:" in made.notes[0]
+
+
+@pytest.mark.parametrize(("said", "known"), [({}, None), ({"prompt_tokens": 9, "completion_tokens": 2}, Usage(prompt=18, completion=4))])
+def test_tokens_are_those_of_all_parts_or_not_known(
+    said: dict[str, int], known: Usage | None, serve: Make, parts: Make, pictures: Make
+) -> None:
+    counted = json.dumps(json.loads(scored({"4": 1.0}).body) | {"usage": said}).encode()
+    made = parts(serve(lambda question: Raw(counted)))
+    before = made.usage() or Usage()
+    assert made.score(pictures([0.2])).status == (Status.OK,)
+    assert made.usage() == (None if known is None else before + known)
 
 
 def test_a_part_that_fails_fails_the_picture_and_says_which(serve: Make, parts: Make, pictures: Make) -> None:

@@ -104,6 +104,18 @@ def test_another_prompt_or_source_is_another_question(cache: ScoreCache, change:
     assert model.shown == [1] * 5
 
 
+def test_a_mask_that_metadata_name_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+    """Of folders, and of texts that name no file, nothing is read."""
+    model, mask = Reward(), tmp_path / "mask.png"
+    cache = ScoreCache(tmp_path / "scores.sqlite", "fingerprint", tmp_path)
+    shown = pictures(0.5, metadata={"edit_region": "mask.png", "text": ["OPEN", "."]})
+    for content, calls in ((b"one", 1), (b"one", 1), (b"another", 2), (b"another", 2)):
+        if not mask.exists() or mask.read_bytes() != content:
+            mask.write_bytes(content)
+        judged(model, shown, cache=cache)
+        assert len(model.shown) == calls
+
+
 def test_another_fingerprint_is_another_judge(cache: ScoreCache) -> None:
     model = Reward()
     judged(model, pictures(0.5), cache=cache)
@@ -291,6 +303,18 @@ def test_a_judge_that_changes_under_the_run_stops_it_when_its_time_comes(golden:
             else:
                 with pytest.raises(RewardError, match=r"more than `golden.max_drift` 0\.02 apart"):
                     judging.report([pictures(0.5)[0].prompt])
+
+
+def test_a_judge_is_also_looked_at_when_so_many_minutes_have_passed(golden: Callable[..., GoldenSet]) -> None:
+    now = [0.0]
+    model = Reward()
+    reward = WeightedReward(label="r", at="here", model=model, golden=golden(every=1000, minutes=30.0))
+    with Judge([reward], max_failed=1.0, retries=0, clock=lambda: now[0]) as judging:
+        for seconds, checks in ((0, 1), (1799, 1), (1800, 2), (3599, 2), (3600, 3)):
+            now[0] = seconds
+            judging.submit(pictures(0.5))
+            judging.report([pictures(0.5)[0].prompt])
+            assert model.shown.count(len(ROWS)) == checks
 
 
 def test_a_judge_that_is_silent_for_a_while_is_a_matter_of_the_budget(golden: Callable[..., GoldenSet]) -> None:

@@ -144,6 +144,14 @@ def test_scores_that_are_not_as_many_as_the_pictures_are_given_to_none_of_them(m
     assert "ValueError: it returned 2 scores for 1 pictures" in scores.reasons[0]
 
 
+def test_a_function_for_many_is_not_called_for_none(made: Make) -> None:
+    """All pictures of the call are broken: a sum, or a stack, of nothing would be another mistake than theirs."""
+    broken = [Sample(prompt=s.prompt, image=s.image * torch.nan, seed=0) for s in samples("a", "b")]
+    scores = made("batched", batch=True).score(broken)
+    assert scores.status == (Status.FAILED,) * 2
+    assert set(scores.reasons) == {"the picture holds values that are not finite"}
+
+
 def test_a_picture_that_is_not_finite_is_not_shown(made: Make) -> None:
     bad = samples("a", "b")
     bad[0].image[0, 0, 0] = torch.nan

@@ -61,10 +61,10 @@ class GoldenSet:
     samples: tuple[Sample, ...]
     _first: Tensor | None = field(default=None)
 
-    @property
-    def every(self) -> int:
-        """Reports between two checks."""
-        return self.settings.every
+    def is_due(self, reports: int, seconds: float) -> bool:
+        """Whether to check after so many reports of the judge, and so long after its latest check."""
+        minutes = self.settings.minutes
+        return reports % self.settings.every == 0 or (minutes is not None and seconds >= 60 * minutes)
 
     @classmethod
     def load(cls, settings: Golden, base: Path) -> Self:

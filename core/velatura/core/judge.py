@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -74,10 +75,11 @@ class Judge:
     """
 
     def __init__(
-        self, rewards: Sequence[WeightedReward], *, max_failed: float, retries: int = 1, ranks: Ranks | None = None
-    ) -> None:
+        self, rewards: Sequence[WeightedReward], *, max_failed: float, retries: int = 1, ranks: Ranks | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         """One thread per reward: rewards run beside each other, a reward never beside itself. `ranks`: the processes
-        that judge together; the first of them checks golden sets for all."""
+        that judge together; the first of them checks golden sets for all. `clock`: seconds, for those checks."""
         self.rewards = tuple(rewards)
         self.ranks = ranks or Ranks()
         self.max_failed = max_failed
@@ -91,6 +93,7 @@ class Judge:
             for r in self.rewards
         ]  # fmt: skip
         self._reports = 0
+        self._clock, self._checked = clock, clock()
         self.health: dict[str, float] = {}
         """Share of each golden set's expectations that held at its latest check, by metric name."""
         self._pending: list[tuple[tuple[Sample, ...], list[Future[Scores]]]] = []
@@ -129,6 +132,7 @@ class Judge:
         ]
         shares = {f"reward/{reward.label}/golden": check.result() for reward, check in checks}
         self.health |= {name: share for name, share in shares.items() if share == share}
+        self._checked = self._clock()
 
     def report(self, prompts: Sequence[Prompt]) -> RewardReport:
         """Scores of all samples submitted since the last report, in the order of submission.
@@ -142,7 +146,8 @@ class Judge:
         columns = [joined([futures[r].result() for _, futures in pending]) for r in range(len(self.rewards))]
         for reward, scores in zip(self.rewards, columns, strict=True):
             self._count(reward, scores)
-        due = any(r.golden is not None and self._reports % r.golden.every == 0 for r in self.rewards)
+        passed = self._clock() - self._checked
+        due = any(r.golden is not None and r.golden.is_due(self._reports, passed) for r in self.rewards)
         if due and self.ranks.first:
             self.check_golden()
         return RewardReport(

@@ -25,6 +25,9 @@ class Golden(Settings):
 
     file: str = Field(description="JSONL file beside the recipe, a picture a line; docs/rewards.md has its keys.")
     every: Count = Field(50, description="Steps (of a curate stage: batches of prompts) between two checks.")
+    minutes: Positive | None = Field(
+        None, description="Checks also at the end of a step when the latest was so long ago; null looks at no clock."
+    )
     allowed: Share = Field(0.0, description="Largest share of the expectations that may be wrong.")
     max_drift: NotNegative | None = Field(
         None, description="Largest change of a picture's score since the check at the start; null allows any."

@@ -15,6 +15,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from velatura.core.fingerprint import files_hash, texts
 from velatura.core.recipe import content_hash
 from velatura.core.types import Sample, Scores, Status
 
@@ -35,18 +36,21 @@ class ScoreCache:
     """Scores of one reward, in a file that several rewards and processes share.
 
     The key is a hash of: the reward's fingerprint (component, version, options, content of its files), the picture's
-    pixels, text, route, category, size and metadata of the prompt, pixels of its sources in their order, and, for
-    rewards that compare, the pictures of the group in their order. Only valid scores are kept. A file that cannot be
-    read or written is warned of once, and scores are made as if there were none.
+    pixels, text, route, category, size and metadata of the prompt with the content of files that they name, as masks,
+    pixels of its sources in their order, and, for rewards that compare, the pictures of the group in their order. Only
+    valid scores are kept. A file that cannot be read or written is warned of once, and scores are made as if there
+    were none.
     """
 
     path: Path
     fingerprint: str
+    base: Path | None = None
+    """Folder that files in metadata are seen from; None looks for none."""
     _broken: bool = field(default=False)
 
     def keys(self, samples: Sequence[Sample], scope: str, repeat: int = 0) -> list[str | None]:
         """[B] keys; None for what cannot be recognised again. `repeat` tells passes over the same pictures apart."""
-        contents = [_content(sample) for sample in samples]
+        contents = [_content(sample, self.base) for sample in samples]
         group = contents if scope == "group" else []
         if None in group:
             return [None] * len(samples)
@@ -100,16 +104,22 @@ class ScoreCache:
         logger.warning("{} cannot be used ({}), so scores are made anew. Remove it if it is broken.", self.path, error)
 
 
-def _content(sample: Sample) -> str | None:
+def _content(sample: Sample, base: Path | None) -> str | None:
     """Hash of all that a reward may read of a sample; None where something has no content that can be named."""
     prompt = sample.prompt
+    files = _named_files(prompt.metadata, base) if base is not None else {}
     try:
         return content_hash([
             _plain(sample.image), prompt.id, prompt.text, prompt.task, prompt.category, _plain(prompt.size),
-            _plain(prompt.sources), _plain(prompt.target), _plain(prompt.metadata),
+            _plain(prompt.sources), _plain(prompt.target), _plain(prompt.metadata), *([files] if files else []),
         ])  # fmt: skip
     except NoKey:
         return None
+
+
+def _named_files(metadata: Mapping[str, Any], base: Path) -> dict[str, str]:
+    """Text -> hash of the file that it names, seen from `base`."""
+    return {text: files_hash(base / text) for text in sorted(set(texts(metadata))) if (base / text).is_file()}
 
 
 def _plain(value: Any) -> Any:

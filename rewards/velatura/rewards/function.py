@@ -87,7 +87,7 @@ class Function(RewardModel[FunctionOptions]):
 
     def _outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
         """One for each. When a call for many fails, they are shown one by one: a bad one spoils no other."""
-        if not self.options.batch:
+        if not self.options.batch or not samples:
             return [self._alone(sample) for sample in samples]
         try:
             answers = self._called([_picture(s) for s in samples], [s.prompt for s in samples])

@@ -144,7 +144,7 @@ class StageRun:
         cache = None
         if not again and (model.cached if ref.cache is None else ref.cache):
             known = reward_fingerprint(self.registry, ref, self.context(), model)
-            cache = ScoreCache(self.run_folder / SCORES, known)
+            cache = ScoreCache(self.run_folder / SCORES, known, self.base)
         return WeightedReward(
             label=label or ref.label, at=self.at(place), model=model, weight=weight,
             weight_by_category=by_category or {}, breaker=ref.breaker, cache=cache, threads=ref.threads,

@@ -31,6 +31,7 @@ class ChatOptions(Options):
         min_length=1,
         description="Without `server` a model folder or a name on the hub; with it the name the server knows.",
     )
+    revision: str | None = Field(None, min_length=1, description="Of a model on the hub: branch, tag or commit.")
     server: str | None = Field(
         None, description="Address of an OpenAI-compatible server, like http://localhost:8000/v1."
     )
@@ -187,7 +188,8 @@ class LocalChat:
         folder = context.resolve(options.model)
         device = options.device or str(context.device)
         self.options, self.usage = options, Usage()
-        self.model = shared_model(str(folder) if folder.is_dir() else options.model, options.dtype, device)
+        source = str(folder) if folder.is_dir() else options.model
+        self.model = shared_model(source, options.revision, options.dtype, device)
         logger.debug("{} writes {} tokens at most", options.model, options.tokens)
 
     def ask(self, questions: Sequence[Asked]) -> list[Written]:

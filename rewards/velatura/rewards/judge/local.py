@@ -52,28 +52,28 @@ class Labels:
     """First token of N/A; None where the rubric has no such answer."""
 
 
-_models: WeakValueDictionary[tuple[str, str, str], Model] = WeakValueDictionary()
+_models: WeakValueDictionary[tuple[str, str | None, str, str], Model] = WeakValueDictionary()
 _loading = threading.Lock()
 
 
-def shared_model(source: str, dtype: str, device: str) -> Model:
-    """The model of a folder or hub name; judges with several rubrics share one copy."""
-    key = (source, dtype, device)
+def shared_model(source: str, revision: str | None, dtype: str, device: str) -> Model:
+    """The model of a folder, or of a hub name and its revision; judges with several rubrics share one copy."""
+    key = (source, revision, dtype, device)
     with _loading:
         model = _models.get(key)
         if model is None:
-            model = _models[key] = _loaded(source, dtype, device)
+            model = _models[key] = _loaded(*key)
         return model
 
 
-def _loaded(source: str, dtype: str, device: str) -> Model:
-    net, processor = read_model(source, dtype)
+def _loaded(source: str, revision: str | None, dtype: str, device: str) -> Model:
+    net, processor = read_model(source, dtype, revision)
     logger.info("judge model {} on {}", source, device)
     return Model(net=net.to(device).requires_grad_(False).train(False), processor=processor)
 
 
-def read_model(source: str, dtype: str) -> tuple[Any, Any]:
-    """Network and processor of a folder or hub name.
+def read_model(source: str, dtype: str, revision: str | None = None) -> tuple[Any, Any]:
+    """Network and processor of a folder, or of a hub name and its revision.
 
     Raises:
         VelaturaError: they do not open, or nobody can talk with the model.
@@ -84,8 +84,8 @@ def read_model(source: str, dtype: str) -> tuple[Any, Any]:
         raise VelaturaError(f"the judge's model: there is no folder {source!r}. Give one that transformers saved.")
     opener: Any = transformers.AutoModelForImageTextToText
     try:
-        net = opener.from_pretrained(source, dtype=dtype)
-        processor = _processor(source, net.config.model_type)
+        net = opener.from_pretrained(source, dtype=dtype, revision=revision or "main")
+        processor = _processor(source, net.config.model_type, revision or "main")
     except (OSError, ValueError) as error:
         raise VelaturaError(
             f"the judge's model {source!r} does not open as an image-text-to-text model: {error}. Give a folder that "
@@ -96,7 +96,7 @@ def read_model(source: str, dtype: str) -> tuple[Any, Any]:
     return net, processor
 
 
-def _processor(source: str, model_type: str) -> Any:
+def _processor(source: str, model_type: str, revision: str) -> Any:
     """The stock processor, or for Qwen's that would need torchvision the one without videos."""
     import transformers
     from transformers.models.auto import processing_auto
@@ -106,7 +106,7 @@ def _processor(source: str, model_type: str) -> Any:
     names: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
     name = str(names.get(model_type, ""))
     opener: Any = image_only(name) if name in IMAGE_ONLY else transformers.AutoProcessor
-    return opener.from_pretrained(source)
+    return opener.from_pretrained(source, revision=revision)
 
 
 class LocalJudge:
@@ -124,7 +124,7 @@ class LocalJudge:
         folder = context.resolve(options.model)
         device = options.device or str(context.device)
         source = str(folder) if folder.is_dir() else options.model
-        return cls(options, rubric, shared_model(source, options.dtype, device))
+        return cls(options, rubric, shared_model(source, options.revision, options.dtype, device))
 
     def verdicts(self, questions: Sequence[Question]) -> list[Verdict]:
         """One verdict per question, in their order."""

@@ -19,7 +19,7 @@ OPERATIONAL = frozenset({
     "device",
 })  # fmt: skip
 """Options that say where and how fast a judge runs, not what it says."""
-LOCAL_ONLY = ("batch_size", "dtype", "device")
+LOCAL_ONLY = ("revision", "batch_size", "dtype", "device")
 
 
 def require_fitting_place(server: str | None, given: Collection[str], request: Mapping[str, Any]) -> None:
@@ -55,6 +55,9 @@ class VlmJudgeOptions(Options):
         min_length=1,
         description="A judge that a judge-fit stage made, in place of `rubric` and `model`: its folder, seen from the "
         "recipe.",
+    )
+    revision: str | None = Field(
+        None, min_length=1, description="Of a model on the hub: branch, tag or commit; its kept scores go by it."
     )
     server: str | None = Field(
         None, description="Address of an OpenAI-compatible server, like `http://localhost:8000/v1`."
@@ -105,7 +108,7 @@ class VlmJudgeOptions(Options):
 
     @model_validator(mode="after")
     def _is_one_judge(self) -> Self:
-        given = [name for name in ("rubric", "model", "server") if getattr(self, name)]
+        given = [name for name in ("rubric", "model", "revision", "server") if getattr(self, name)]
         if self.path is not None and given:
             raise ValueError(
                 f"`path` is a judge with its own rubric and model, and {', '.join(given)} is given, too. To serve it, "

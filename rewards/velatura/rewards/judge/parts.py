@@ -95,8 +95,9 @@ class VlmParts(RewardModel[VlmPartsOptions]):
         )
 
     def usage(self) -> Usage | None:
-        """Tokens of all parts."""
-        return sum((used for judge in self._judges if (used := judge.usage()) is not None), Usage())
+        """Tokens of all parts; None where no server says."""
+        used = [own for judge in self._judges if (own := judge.usage()) is not None]
+        return sum(used, Usage()) if used else None
 
     def applies(self, prompt: Prompt) -> bool:
         """Where one of the parts does."""
