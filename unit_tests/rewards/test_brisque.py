@@ -146,9 +146,11 @@ def test_scores_do_not_depend_on_company(tmp_path):
 @needs_parameters
 def test_pictures_without_statistics_fail(tmp_path):
     flat, tiny, broken = torch.full((3, 64, 64), 0.5), torch.rand(3, 31, 64), torch.full((3, 64, 64), math.nan)
-    scores = ready(tmp_path).score([sample(one) for one in (flat, tiny, broken, photo())])
-    assert scores.status == (Status.FAILED, Status.FAILED, Status.FAILED, Status.OK)
-    for reason, words in zip(scores.reasons, ("is flat", "31 x 64 pixels", "not finite", ""), strict=True):
+    shown = [flat, torch.ones(3, 64, 64), torch.zeros(3, 96, 64), tiny, broken, photo()]
+    scores = ready(tmp_path).score([sample(one) for one in shown])
+    assert scores.status == (*(Status.FAILED,) * 5, Status.OK)
+    reasons = (*("is flat",) * 3, "31 x 64 pixels", "not finite", "")
+    for reason, words in zip(scores.reasons, reasons, strict=True):
         assert words in reason
 
 

@@ -158,7 +158,12 @@ def luminance(image: Tensor) -> Tensor:
 
 
 def features_of(grey: Tensor) -> Tensor:
-    """[36] of a picture [H W] in 0 to 255: 18 at its size and 18 at half; NaN where it is flat."""
+    """[36] of a picture [H W] in 0 to 255: 18 at its size and 18 at half; NaN where it is flat.
+
+    A picture of one colour is told here: what its borders and rounding would say is no statistic.
+    """
+    if bool(grey.min() == grey.max()):
+        return torch.full((36,), math.nan, dtype=torch.float64)
     half = interpolate(grey[None, None], scale_factor=0.5, mode="bicubic", antialias=True)[0, 0]
     return torch.cat([features_at(grey), features_at(half)])
 

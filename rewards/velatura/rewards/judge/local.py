@@ -20,6 +20,7 @@ from velatura.rewards.judge.options import VlmJudgeOptions
 from velatura.rewards.judge.pictures import to_picture
 from velatura.rewards.judge.rubric import Question, Rubric
 from velatura.rewards.judge.scoring import MARKER, NOT_APPLICABLE, Verdict, expected, failed, last_score
+from velatura.rewards.pretrained import first_line
 
 FORCED = f"\n{MARKER}"
 """Written after the reasoning by us, so that the next token is the level."""
@@ -88,8 +89,8 @@ def read_model(source: str, dtype: str, revision: str | None = None) -> tuple[An
         processor = _processor(source, net.config.model_type, revision or "main")
     except (OSError, ValueError) as error:
         raise VelaturaError(
-            f"the judge's model {source!r} does not open as an image-text-to-text model: {error}. Give a folder that "
-            f"transformers saved or a name on the hub, or set `server` if it runs elsewhere."
+            f"the judge's model {source!r} does not open as an image-text-to-text model: {first_line(error)}. Give a "
+            f"folder that transformers saved or a name on the hub, or set `server` if it runs elsewhere."
         ) from error
     if getattr(processor, "chat_template", None) is None:
         raise VelaturaError(f"the judge's model {source!r} has no chat template, so it cannot be asked anything")
