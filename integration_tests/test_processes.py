@@ -119,7 +119,6 @@ def test_a_checkpoint_of_two_processes_is_in_parts_and_its_weights_in_one_file(r
         assert {"optimizer.1-of-2.safetensors", "optimizer.2-of-2.safetensors", "random-1.safetensors"} <= names
         assert ("prompts.parquet" in names) == (stage == "teacher_t2i")
         state = json.loads((newest / "state.json").read_text())["content"]["state"]
-        assert state["inference"] == inference
         assert set(state["facts"].get("teachers", {})) == ({"t2i", "edit"} if stage == "student" else set())
         saved, final = load_file(newest / f"{inference}.safetensors"), runs["zero 3"] / stage / "weights.safetensors"
         assert all(torch.equal(saved[name], value) for name, value in load_file(final).items())

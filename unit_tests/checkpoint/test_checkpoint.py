@@ -15,7 +15,8 @@ from loguru import logger
 from torch import Tensor
 
 from velatura.core.checkpoint import (
-    latest_checkpoint,
+    Checkpoint,
+    Section,
     load_checkpoint,
     load_latest,
     match_tensors,
@@ -48,6 +49,12 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
+def newest(folder: Path) -> Checkpoint:
+    found = load_latest(folder)
+    assert found is not None
+    return found
+
+
 @pytest.fixture
 def warnings_logged() -> Iterator[list[str]]:
     messages: list[str] = []
@@ -73,7 +80,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 10, 20, 30, keep=2)
     assert names(tmp_path) == ["step-000020", "step-000030"]
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-000030"
+    assert newest(tmp_path).step == 30
 
 
 def test_those_at_multiples_are_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -117,21 +124,19 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     save(tmp_path, 999_999, 1_000_000)
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-1000000"
+    assert newest(tmp_path).step == 1_000_000
 
 
 def test_half_written_ones_are_ignored_and_swept_away(tmp_path: Path) -> None:
     (tmp_path / ".writing-step-000050").mkdir()
     (tmp_path / ".writing-step-000050" / "policy.safetensors").write_bytes(b"half")
     (tmp_path / "step-000060").touch()  # a file
-    assert latest_checkpoint(tmp_path) is None
     assert load_latest(tmp_path) is None
     save(tmp_path, 10)
     assert names(tmp_path) == ["step-000010", "step-000060"]
 
 
 def test_there_is_nothing_in_a_folder_that_does_not_exist(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "nowhere") is None
     assert load_latest(tmp_path / "nowhere") is None
 
 
@@ -259,14 +264,12 @@ def test_a_process_killed_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_
     for attempt in range(3):
         folder = tmp_path / str(attempt)
         process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(folder)])
-        while latest_checkpoint(folder) is None:
+        while not any(folder.glob("step-*")):
             time.sleep(0.01)
         time.sleep(0.05 + 0.013 * attempt)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        newest = latest_checkpoint(folder)
-        assert newest is not None
-        found = load_checkpoint(newest)
+        found = load_checkpoint(max(folder.glob("step-*")))
         assert found.state == {"step": found.step}
         assert all(section["x"][0] == found.step for section in found.tensors.values())
 
@@ -284,6 +287,20 @@ def test_tensors_of_another_model_are_told_by_their_first_difference() -> None:
     ]:
         with pytest.raises(CheckpointError, match="step-000010 is of another model: first difference " + told):
             match_tensors(ours, theirs, what="step-000010")
+
+
+def test_whether_tensors_fit_is_seen_without_reading_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section of hundreds of gigabytes is read once, when its tensors are taken."""
+    found = load_checkpoint(save(tmp_path, 10)).tensors["policy"]
+    ours = dict(tensors(10)["policy"])
+    monkeypatch.delattr(Section, "__getitem__")
+    match_tensors(ours, found, what="x")
+    for change, told in [
+        ({"b": torch.zeros(3)}, r"'b', .* \[3\] and the checkpoint \[12\]"),
+        ({"c": ours["a"]}, "'c'"),
+    ]:
+        with pytest.raises(CheckpointError, match=told):
+            match_tensors({**ours, **change}, found, what="x")
 
 
 def test_files_are_replaced_whole(tmp_path: Path) -> None:

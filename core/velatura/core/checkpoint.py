@@ -74,6 +74,14 @@ class Section(Mapping[str, Tensor]):
         tensor: Tensor = self._where[name].get_tensor(name)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # a mapping's own would read the tensor
+
+    def shape(self, name: str) -> list[int]:
+        """Of the tensor `name`, from the head of its file; no number is read."""
+        shape: list[int] = self._where[name].get_slice(name).get_shape()
+        return shape
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._where))
 
@@ -169,22 +177,19 @@ def _latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, unread; None where there is none."""
-    paths = _checkpoints(folder)
-    return paths[-1] if paths else None
-
-
 def match_tensors(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], *, what: str) -> None:
     """Raise unless `got` has the names and shapes of `expected`; `what` is the checkpoint, for the message."""
     for name in [*expected, *(n for n in got if n not in expected)]:
-        ours = list(expected[name].shape) if name in expected else "nothing"
-        theirs = list(got[name].shape) if name in got else "nothing"
+        ours, theirs = (_shape(tensors, name) if name in tensors else "nothing" for tensors in (expected, got))
         if ours != theirs:
             raise CheckpointError(
                 f"{what} is of another model: first difference {name!r}, where the model has {ours} and the checkpoint "
                 f"{theirs}. Use the recipe that made it, or another output folder."
             )
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int]:
+    return tensors.shape(name) if isinstance(tensors, Section) else list(tensors[name].shape)
 
 
 def write_json_atomic(path: Path, data: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from velatura.core.build import build
 from velatura.core.components import GuidancePolicy, Kernel, ModelAdapter, TimestepSampler
 from velatura.core.folding import folded_scale
+from velatura.core.probe import looked_at
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
 from velatura.core.routes import LOOK, Look, routes_of_models
@@ -78,7 +79,33 @@ def work(recipe: Recipe, registry: Registry, name: str, adapter: ModelAdapter[An
             samples = totals[stage.stage]() // len(prompts)
         for prompt, part in _kinds(own, samples):
             found.append(Work(prompt=prompt, samples=part, rows=_rows(registry, stage, adapter, prompt, part)))
+    if stage.stage == "rl":
+        found += [part for own in prompts.values() for part in _probe(registry, stage, adapter, own, 1)]
+    if stage.stage == "distill":
+        for route, ref in recipe.tasks_of(name).items():
+            found += _probe(registry, stage, adapter, look(ref, "eval"), len(stage.mixtures[route]))
     return found
+
+
+def _probe(
+    registry: Registry, stage: Any, adapter: ModelAdapter[Any], prompts: Sequence[Prompt], models: int
+) -> list[Work]:
+    """Forwards that measure progress on fixed states of `models` models, as their mean over the stage's steps; the
+    first process makes them while the others wait."""
+    guidance, learns = _guidance(registry, stage), stage.stage == "rl"
+    draws = Role.ROLLOUT if learns else Role.TEACHER
+    answers = Role.CURRENT if learns else Role.TEACHER
+    measured = {i for i in range(stage.steps) if (i + 1) % stage.probe_every == 0 or i + 1 == stage.steps}
+    count = len(measured if learns else measured | {0})
+    found = []
+    for prompt, part in _kinds(prompts, min(len(prompts), stage.probe_prompts) * models):
+        times = adapter.times(stage.sampling.steps, prompt)
+        points = times[looked_at(stage.sampling.steps)]
+        now = _per_point(guidance, Role.CURRENT, points) if learns else 1
+        each = _per_sample(guidance, draws, _asked(registry, stage, times))
+        each += len(points) * (_per_point(guidance, answers, points) + count * now)
+        found.append(Work(prompt=prompt, samples=0, rows=Rows(forward=-(-part * each // stage.steps))))
+    return [part for part in found if part.rows.forward]
 
 
 def _evaluation(
@@ -131,6 +158,11 @@ def _per_sample(guidance: GuidancePolicy[Any], role: Role, times: Tensor) -> int
     return int((1 + (guidance.scale(role, times) != 1).long()).sum())
 
 
+def _per_point(guidance: GuidancePolicy[Any], role: Role, times: Tensor) -> int:
+    """Rows of one state point among those at `times`, which go through together."""
+    return 2 if bool((guidance.scale(role, times) != 1).any()) else 1
+
+
 def _asked(registry: Registry, stage: Any, times: Tensor) -> Tensor:
     """The times at which a rollout asks for a velocity: those of the grid, and where a solver asks twice, some more."""
     kernel: Kernel[Any] = build(registry, "kernel", stage.kernel)  # type: ignore[assignment]
@@ -153,13 +185,10 @@ def _rows(registry: Registry, stage: Any, adapter: ModelAdapter[Any], prompt: Pr
     role = Role.ROLLOUT if stage.stage == "rl" else Role.CURRENT
     objective = objective_of(stage, lambda kind, ref, _: build(registry, kind, ref))
 
-    def per_point(role: Role) -> int:
-        return 2 if bool((guidance.scale(role, times[:-1]) != 1).any()) else 1
-
-    frozen = sum(per_point(other) for other in objective.roles() if other is not Role.CURRENT)
+    frozen = sum(_per_point(guidance, other, times[:-1]) for other in objective.roles() if other is not Role.CURRENT)
     return Rows(
         forward=samples * _per_sample(guidance, role, _asked(registry, stage, times)) + samples * trained * frozen,
-        gradient=samples * trained * per_point(Role.CURRENT),
+        gradient=samples * trained * _per_point(guidance, Role.CURRENT, times[:-1]),
     )
 
 

@@ -149,18 +149,18 @@ def engine_parts(net: nn.Module, weights: int, sharding: Sharding, optimizer: st
 
 
 def set_parts(
-    trained: int, loaded: int, kept: Mapping[str, bool], teachers: Sequence[str], *, whole: bool
+    trained: int, loaded: int, kept: Mapping[str, bool], teachers: Sequence[str], *, whole: bool, worn: bool = False
 ) -> list[Part]:
     """Weight sets of `trained` numbers: of the `kept` ones, those that follow the policy (True) in fp32; others, like
     teachers, of `loaded` bytes in the network's precision. Teachers wait on the CPU, and all sets do where the network
-    is trained as a whole; one at a time is brought over."""
+    is trained as a whole; one at a time is brought over, and so is one that is not kept (`worn`)."""
     parts = [
         Part(name=f"weights of role {name}", size=FP32 * trained if follows else loaded, where=CPU if whole else GPU)
         for name, follows in kept.items()
     ]
     parts += [Part(name=f"teacher {name}", size=loaded, where=CPU) for name in teachers]
     parts.append(Part(name="weights at the start", size=loaded, where=CPU))
-    if teachers or kept:
+    if teachers or kept or worn:
         parts.append(Part(name="the weights that are worn", size=loaded, where=USED, phases=("rollout", "others")))
     return parts
 

@@ -28,6 +28,7 @@ from velatura.core.memory import (
     set_parts,
 )
 from velatura.core.policy import Policy
+from velatura.core.probe import looked_at, together
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
 from velatura.core.routes import LOOK, Look
@@ -137,7 +138,10 @@ class _Stage:
         trained = sum(rehearsal.trained.values())
         teachers = list(stage.weight_sets) if stage.stage == "distill" else []
         teachers += ["anchor"] if getattr(stage, "anchor", None) else []
-        return parts + set_parts(trained, rehearsal.loaded, self._kept(), teachers, whole=Policy(rehearsal.net).whole)
+        worn = bool(self._probed)  # the weights of the start, once more
+        return parts + set_parts(
+            trained, rehearsal.loaded, self._kept(), teachers, whole=Policy(rehearsal.net).whole, worn=worn
+        )
 
     def _kept(self) -> Mapping[str, bool]:
         """Weight sets beside the current one and the teachers, and whether they follow it."""
@@ -158,15 +162,16 @@ class _Stage:
 
     def _samples(self) -> list[Part]:
         """A rollout, its pictures, and what is kept of it."""
-        stage, guided = self.stage, self._guided(self._role)
-        drawn = chunk(self.prompts, self.group, stage.sampling.batch, guided=guided)
-        shown = (
-            chunk(PROMPTS, SEEDS, stage.sampling.batch, guided=guided) if stage.stage in ("rl", "distill") else drawn
-        )
-        most = max(drawn, shown, key=lambda each: each.points)
-        pictures, forward = most.points, self._rollout(drawn)
-        if most is not drawn:
-            forward = max(forward, self._rollout(most))
+        stage = self.stage
+        guided, batch = self._guided(self._role), stage.sampling.batch
+        drawn = [(self._role, chunk(self.prompts, self.group, batch, guided=guided))]
+        if stage.stage in ("rl", "distill"):
+            drawn.append((self._role, chunk(PROMPTS, SEEDS, batch, guided=guided)))
+        if self._probed:
+            role = Role.TEACHER if stage.stage == "distill" else Role.ROLLOUT
+            drawn.append((role, chunk(self._probed, 1, batch, guided=self._guided(role))))
+        pictures = max(each.points for _, each in drawn)
+        forward = max(self._rollout(role, each) for role, each in drawn)
         size = FP32 * self.prompts * self.group * torch.Size(self.rehearsal.shape).numel()
         states = stage.sampling.steps + 1 if self._keeps_states() else 1
         dtype = dtype_of(self.place.recipe.engine.precision)
@@ -177,17 +182,29 @@ class _Stage:
             Part(name="forwards of a rollout", size=forward, where=USED, phases=("rollout",)),
             Part(name="decoding", size=decoding, where=USED, phases=("decode",)),
             Part(name="latents of a round", size=size * states),
+            Part(name="states that progress is measured on", size=self._probe_states()),
         ]
+
+    @property
+    def _probed(self) -> int:
+        """Prompts whose states measure progress, for each model that answers for them."""
+        return getattr(self.stage, "probe_prompts", 0)
+
+    def _probe_states(self) -> int:
+        """States of the first process, and as many velocities."""
+        models = len(self.stage.weight_sets) if self.stage.stage == "distill" else 1
+        states = self._probed and models * self._probed * len(looked_at(self.stage.sampling.steps))
+        return 2 * FP32 * states * torch.Size(self.rehearsal.shape).numel()
 
     def _keeps_states(self) -> bool:
         return self.stage.stage == "distill" or (
             self.stage.stage == "rl" and self._objective().requires.points == "trajectory"
         )
 
-    def _rollout(self, drawn: Any) -> int:
+    def _rollout(self, role: Role, drawn: Any) -> int:
         batch = Batch(points=drawn.points, prompts=drawn.prompts, limit=self.stage.sampling.batch)
-        key = f"rollout {id(self.rehearsal)} {batch} {_named(self.guidance)} {self._role}"
-        size: int = self.place.once(key, lambda: self.rehearsal.rollout(batch, self.guidance, self._role))
+        key = f"rollout {id(self.rehearsal)} {batch} {_named(self.guidance)} {role}"
+        size: int = self.place.once(key, lambda: self.rehearsal.rollout(batch, self.guidance, role))
         return size
 
     def _objective(self) -> PolicyObjective[Any]:
@@ -200,12 +217,24 @@ class _Stage:
         return size
 
     def _others(self) -> int:
-        """Of the roles without gradient, the one whose forwards need most."""
+        """Of the roles without gradient, the one whose forwards need most; those of the probe are among them."""
         batch, sizes = self._micro_batch(), [0]
-        for role in self._objective().roles() - {Role.CURRENT}:
-            key = f"role {id(self.rehearsal)} {batch} {_named(self.guidance)} {role}"
-            sizes.append(self.place.once(key, partial(self.rehearsal.rollout, batch, self.guidance, role)))
+        asked = [(role, batch) for role in self._objective().roles() - {Role.CURRENT}]
+        if self._probed:
+            answers = Role.TEACHER if self.stage.stage == "distill" else Role.CURRENT
+            asked.append((answers, self._probe_batch()))
+        for role, points in asked:
+            key = f"role {id(self.rehearsal)} {points} {_named(self.guidance)} {role}"
+            sizes.append(self.place.once(key, partial(self.rehearsal.rollout, points, self.guidance, role)))
         return max(sizes)
+
+    def _probe_batch(self) -> Batch:
+        """States of the probe that go through the network together."""
+        sampling = self.stage.sampling
+        drawn = chunk(self._probed, 1, sampling.batch, guided=False)
+        samples = min(drawn.points, together(sampling.batch, sampling.steps))
+        points = samples * len(looked_at(sampling.steps))
+        return Batch(points=points, prompts=samples, limit=2 * points)
 
     def _micro_batch(self) -> Batch:
         stage = self.stage
@@ -219,8 +248,9 @@ class _Stage:
     def _told(self) -> int:
         routes = self.routes if self.stage.stage == "distill" else 1
         guided = any(self._guided(role) for role in Role)
-        key = f"told {id(self.rehearsal)} {self.prompts} {guided}"
-        size: int = self.place.once(key, lambda: self.rehearsal.told(self.prompts, guided=guided))
+        prompts = self.prompts + self._probed
+        key = f"told {id(self.rehearsal)} {prompts} {guided}"
+        size: int = self.place.once(key, lambda: self.rehearsal.told(prompts, guided=guided))
         return size * routes
 
 

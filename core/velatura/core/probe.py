@@ -45,15 +45,10 @@ def make_probe(
     """Let the teacher draw `prompts` under its guidance and remember where it went."""
     guided = replace(sampler, role=Role.TEACHER)
     seeds = [[derive(seed, "probe", route, prompt.id)] for prompt in prompts]
-    batches, targets = [], []
     with learner.policy.on_device(teacher, learner.engine.device):
-        with learner.policy.wearing(teacher) as net:
-            chunks = list(rollout(net, guided, prompts, seeds, keep_trajectory=True))
-        for chunk in chunks:
-            batch = _points(chunk.rows.tolist(), chunk.trajectory, prompts, sampler, teacher)
-            targets.append(learner.teacher_velocity(batch))
-            batches.append(batch)
-    return Probe(route=route, batches=tuple(batches), targets=tuple(targets))
+        batches = _visited(learner, guided, prompts, seeds, teacher)
+        targets = tuple(learner.teacher_velocity(batch) for batch in batches)
+    return Probe(route=route, batches=batches, targets=targets)
 
 
 def start_probe(
@@ -65,20 +60,35 @@ def start_probe(
     chosen = [prompts[i] for i in range(0, len(prompts), stride)][:count]
     seeds = [[derive(seed, "probe", "start", prompt.id)] for prompt in chosen]
     policy = learner.policy
-    batches: list[MicroBatch] = []
-    targets: list[Tensor] = []
     policy.put(PROBE, start, what="the weights that the stage starts from")
     with policy.on_device(PROBE, learner.engine.device):
-        with policy.wearing(PROBE) as net:
-            chunks = list(rollout(net, sampler, chosen, seeds, keep_trajectory=True))
-        for chunk in chunks:
-            size = max(1, sampler.batch // max(1, sampler.steps // 2))
-            for rows in torch.split(torch.arange(len(chunk.rows)), size):
-                states = None if chunk.trajectory is None else chunk.trajectory[:, rows]
-                batches.append(_points(chunk.rows[rows].tolist(), states, chosen, sampler, PROBE))
-                targets.append(learner.current_velocity(batches[-1], PROBE))
+        batches = _visited(learner, sampler, chosen, seeds, PROBE)
+        targets = tuple(learner.current_velocity(batch, PROBE) for batch in batches)
     policy.forget(PROBE)
-    return Probe(route="start", batches=tuple(batches), targets=tuple(targets))
+    return Probe(route="start", batches=batches, targets=targets)
+
+
+def looked_at(steps: int) -> Tensor:
+    """Which states of a trajectory of `steps` steps a probe keeps: every second one."""
+    return torch.arange(1, steps, 2) if steps > 1 else torch.arange(1)
+
+
+def together(batch: int, steps: int) -> int:
+    """Samples whose states go through the network together, of a sampler with `batch` rows."""
+    return max(1, batch // len(looked_at(steps)))
+
+
+def _visited(
+    learner: Learner, sampler: Sampler, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], name: str
+) -> tuple[MicroBatch, ...]:
+    """States that the weight set `name` visits, one chunk of samples after the other."""
+    batches: list[MicroBatch] = []
+    with learner.policy.wearing(name) as net:
+        for chunk in rollout(net, sampler, prompts, seeds, keep_trajectory=True):
+            for rows in torch.split(torch.arange(len(chunk.rows)), together(sampler.batch, sampler.steps)):
+                states = None if chunk.trajectory is None else chunk.trajectory[:, rows]
+                batches.append(_points(chunk.rows[rows].tolist(), states, prompts, sampler, name))
+    return tuple(batches)
 
 
 def _points(
@@ -88,12 +98,11 @@ def _points(
         raise ValueError("a probe needs the visited states")
     groups = [Group(prompt=prompts[row], samples=(b,), numbers=(0,)) for b, row in enumerate(rows)]
     times = sampler.adapter.times(sampler.steps, groups[0].prompt)
-    train = torch.arange(1, sampler.steps, 2) if sampler.steps > 1 else torch.arange(1)
+    train = looked_at(sampler.steps)
     weight = torch.ones(sampler.steps)
     zeros = torch.zeros(len(rows))
-    return replace(
-        trajectory_points(groups, trajectory, zeros, times, train, weight, len(rows) * len(train)), teacher=teacher
-    )
+    made = trajectory_points(groups, trajectory, zeros, times, train, weight, len(rows) * len(train))
+    return replace(made, teacher=teacher, points=replace(made.points, x_next=None, t_next=None))
 
 
 def probe_error(learner: Learner, probe: Probe) -> float:

@@ -197,7 +197,6 @@ class Training:
             "stage": self.run.name,
             "seed": self.run.seed,
             "processes": self.run.ranks.size,
-            "inference": "policy" if self._result == CURRENT else f"set-{self._result}",
             "same_as_current": {name: self.policy.same(name, CURRENT) for name in (*self._sets, *self._fixed, START)},
             "observers": [{"use": observer.name, "state": observer.state_dict()} for observer in self.run.observers],
             "facts": self._facts,
