@@ -134,7 +134,11 @@ def stage_inputs(plan: Plan, name: str) -> dict[str, str]:
     for dependency in recipe.dependencies(name):
         inputs[f"result of {dependency}"] = result_hash(plan.folder / dependency)
     inputs["prompts"] = content_hash(prompt_tasks(plan, name))
-    used = {plan.registry.info(kind, ref.use).distribution for at, kind, ref in recipe.references() if at[1] == name}
+    used = {
+        plan.registry.info(kind, ref.use).distribution
+        for (_, stage, slot, *_), kind, ref in recipe.references()
+        if stage == name and slot not in WATCHING
+    }
     for path in recipe.plugins:
         if str((plan.base / path).resolve()) in used:
             inputs[f"plugin {path}"] = file_hash(plan.base / path)

@@ -125,9 +125,12 @@ class Training:
             if found.state["same_as_current"].get(name):
                 self.policy.mark_same(name, CURRENT)
         self.engine.load_state_dict(found.tensors["optimizer"])
-        for observer, state in zip(self.run.observers, found.state.get("observers", ()), strict=False):
-            if state["use"] == observer.name:
-                observer.load_state_dict(state["state"])
+        known = list(found.state.get("observers", ()))
+        for observer in self.run.observers:  # others may have come, gone or changed places
+            own = next((state for state in known if state["use"] == observer.name), None)
+            if own is not None:
+                known.remove(own)
+                observer.load_state_dict(own["state"])
         logger.info("{}: goes on from step {}", self.run.name, found.step)
         return int(found.step)
 
