@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside tensors, in runs that are killed and go on: a tracker's id, and who the teachers are."""
+"""What a checkpoint holds beside tensors, in runs that are killed and go on: a tracker's id, and whose pupil one is."""
 
 from __future__ import annotations
 

@@ -119,9 +119,7 @@ def test_a_curation_draws_every_prompt_group_size_times() -> None:
 
 
 def test_a_round_of_learning_is_counted() -> None:
-    (part,) = parts(
-        "teacher_t2i", "stages.teacher_t2i.objective.with.kl=0.0", "stages.teacher_t2i.probe_prompts=0"
-    )
+    (part,) = parts("teacher_t2i", "stages.teacher_t2i.objective.with.kl=0.0", "stages.teacher_t2i.probe_prompts=0")
     assert part.samples == 3 * 4
     assert part.rows.forward == 12 * 3 * 2 + 12 * 2  # the rollout, and the old policy at 2 of 3 times
     assert part.rows.gradient == 12 * 2

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from velatura.api import Loss, Rated
 from velatura.core.build import open_registry, resolve_options
+from velatura.core.cli import main
 from velatura.core.errors import RecipeError, VelaturaError
+from velatura.core.kept_batches import read_parts
+from velatura.core.kept_pictures import pictures_of
 from velatura.core.pipeline import run_pipeline
 from velatura.core.recipe import load_recipe
+from velatura.core.replay import replay
 from velatura.core.reward_settings import RewardRef
 from velatura.core.stages.judge_fit import parts_of
+from velatura.rewards.judge.vlm import Vlm
 
 FRESH = {"width": 32, "vision_width": 32, "layers": 1, "vision_layers": 1, "patch": 4}
 RATER = {"use": "tinyworld-rater", "dimension": "looks", "with": {"looks_at": "cleanliness"}}
@@ -105,6 +115,46 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bits(finished: Path, tmp_path: 
     assert json.loads((fit / "validation.json").read_text()) == json.loads(
         (finished / "run" / "fit" / "validation.json").read_text()
     )
+
+
+def test_an_update_that_is_not_finite_is_skipped_kept_and_can_be_replayed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the second step on no loss of the picture that stands first there is finite."""
+    victims, calls, original = [], [], Vlm.loss
+
+    def loss(model: Vlm, net: Any, rated: Sequence[Rated]) -> Loss:
+        found = original(model, net, rated)
+        calls.append(len(rated))
+        if len(calls) == 3:
+            victims.append(rated[0])
+        if any(torch.equal(row.sample.image, one.sample.image) for row in rated for one in victims):
+            return replace(found, value=found.value * torch.nan)
+        return found
+
+    monkeypatch.setattr(Vlm, "loss", loss)
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    changes = [f"output={again / 'run'}", "stages.fit.steps=3", "stages.fit.validate_every=3"]
+    run_pipeline(again / "recipe.yaml", changes, remember=False)
+    fit = again / "run" / "fit"
+    log = [json.loads(text) for text in (fit / "metrics.jsonl").read_text().splitlines()]
+    assert [row["updated"] for row in log] == [1, 0, 1]
+    assert [row["skipped"] for row in log] == [0, 1, 0]
+    (kept,) = (fit / "nonfinite").iterdir()
+    assert kept.name == "step-000001-update-0"
+    assert main(["replay", str(kept)]) == 1
+    said = capsys.readouterr().out
+    assert "stage 'fit', step 1, update 0: the loss of micro-batch 0 of process 0 is nan" in said
+    (batch,) = replay(kept).batches
+    assert "lm_head.weight" in batch.parameters
+    row = victims[0]
+    told = f"picture 0 (of {row.sample.prompt.text!r}, rated {row.mean:g}): loss"
+    assert told in batch.points and told in said
+    (part,) = read_parts(kept, pictures_of).batches
+    assert part.rated[0].ratings == row.ratings and part.rated[0].sample.prompt.id == row.sample.prompt.id
+    monkeypatch.setattr(Vlm, "loss", original)
+    assert replay(kept).finite
 
 
 def test_a_step_that_marks_more_pictures_is_better_than_one_that_marks_fewer(finished: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from velatura.core.errors import CheckpointError, NotFiniteError
 from velatura.core.points import MicroBatch
 
 if TYPE_CHECKING:
-    from velatura.core.learner import Frozen
+    from velatura.core.kept_batches import Keepable
     from velatura.core.policy import Policy
     from velatura.core.ranks import Ranks
 
@@ -79,16 +79,15 @@ class Guard:
         """Of the step so far."""
         return {"skipped": float(self._now)}
 
-    def refuse(
-        self, faults: Sequence[Fault], batches: Sequence[MicroBatch] = (), frozen: Sequence[Frozen] = ()
-    ) -> None:
-        """Count an update that was not taken because of `faults`, the same on every rank, and keep this rank's part.
+    def refuse(self, faults: Sequence[Fault], parts: Sequence[Keepable]) -> None:
+        """Count an update that was not taken because of `faults`, the same on every rank, and keep this rank's part of
+        it: of `parts`, its micro-batches, those that are at fault, and all where that is not known.
 
         Collective.
         """
         self.skipped += 1
         self._now += 1
-        kept = self._keep(faults, batches, frozen) if batches else None
+        kept = self._keep(faults, parts)
         self._last = f"step {self._step}, update {self._update}: {faults[0]}"
         told = f" See what it was: velatura replay {kept}" if kept else ""
         logger.warning(
@@ -112,25 +111,25 @@ class Guard:
             f"take fp32, or mend what is broken, and start again: checkpoints are kept."
         )
 
-    def _keep(self, faults: Sequence[Fault], batches: Sequence[MicroBatch], frozen: Sequence[Frozen]) -> Path | None:
+    def _keep(self, faults: Sequence[Fault], parts: Sequence[Keepable]) -> Path | None:
         """Write this rank's part of the update, and on the first rank the weights; None where enough is kept."""
-        from velatura.core.kept_batches import Kept, write_kept
+        from velatura.core.kept_batches import write_kept
 
         folder = self.folder / FOLDER / f"step-{self._step:06d}-update-{self._update}"
         others = self.ranks.from_first(lambda: sum(p != folder for p in (self.folder / FOLDER).glob("step-*")))
         if others >= KEPT:
             return None
         named = {fault.batch for fault in faults if fault.rank == self.ranks.rank and fault.batch is not None}
-        chosen = sorted(named) if any(fault.batch is not None for fault in faults) else range(len(batches))
+        known = any(fault.batch is not None for fault in faults)
+        chosen = [part for part in parts if part.number in named or not known]
         facts: dict[str, Any] = {
             "stage": self.name, "step": self._step, "update": self._update, "processes": self.ranks.size,
             "faults": [str(fault) for fault in faults],
         }  # fmt: skip
-        parts = [Kept(number=i, batch=batches[i], frozen=frozen[i]) for i in chosen]
         try:
             with self.policy.gathered():
                 weights = self.policy.weights() if self.ranks.first else None
-                write_kept(folder, self.ranks.rank, parts, weights, facts)
+                write_kept(folder, self.ranks.rank, chosen, weights, facts)
         except (OSError, ValueError, CheckpointError) as error:
             logger.warning("{}: the batch could not be kept in {}: {}", self.name, folder, error)
         self.ranks.barrier()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,23 @@ FACTS = "batch.json"
 _ABOUT = ("id", "text", "task", "category")
 
 
+class Keepable(Protocol):
+    """A micro-batch that can be kept."""
+
+    @property
+    def number(self) -> int:
+        """Of the micro-batch among those of its rank."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What of it is tensors."""
+
+    def about(self) -> Mapping[str, Any]:
+        """What of it is none; its `number` is among it."""
+
+
+P = TypeVar("P")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
     """A micro-batch, with the velocities of the roles that have no gradient."""
@@ -38,20 +56,46 @@ class Kept:
     frozen: Frozen
     rank: int = 0
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Points, sources of edits, and velocities."""
+        points, batch = self.batch.points, self.batch
+        found = {f"points/{f.name}": getattr(points, f.name) for f in fields(Points)}
+        found |= {f"frozen/{role}": velocity for role, velocity in self.frozen.items()}
+        found |= {
+            f"source/{p}/{s}": one for p, prompt in enumerate(batch.prompts) for s, one in enumerate(prompt.sources)
+        }
+        return {"rows": batch.rows} | {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def about(self) -> dict[str, Any]:
+        """Prompts, and which teacher answers."""
+        return {
+            "number": self.number, "teacher": self.batch.teacher, "drawn": self.batch.points.kernel is not None,
+            "same_as_current": [str(role) for role, velocity in self.frozen.items() if velocity is None],
+            "prompts": [
+                about_prompt(prompt) | {"size": prompt.size, "sources": len(prompt.sources)}
+                for prompt in self.batch.prompts
+            ],
+        }  # fmt: skip
+
+
+def about_prompt(prompt: Prompt) -> dict[str, str]:
+    """What of a prompt is text."""
+    return {name: getattr(prompt, name) for name in _ABOUT}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptUpdate:
+class KeptUpdate(Generic[P]):
     """What was kept of an update that was not taken."""
 
     facts: Mapping[str, Any]
     weights: Mapping[str, Tensor]
     """The trained tensors as they were."""
-    batches: Sequence[Kept]
-    """Of all ranks."""
+    batches: Sequence[P]
+    """Micro-batches of all ranks."""
 
 
 def write_kept(
-    folder: Path, rank: int, kept: Sequence[Kept], weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]
+    folder: Path, rank: int, kept: Sequence[Keepable], weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]
 ) -> None:
     """Write what a rank keeps of an update; whoever holds the weights, the first rank, writes them and `facts`.
 
@@ -62,8 +106,8 @@ def write_kept(
     tensors: dict[str, Tensor] = {}
     about = []
     for part in kept:
-        tensors |= {f"{part.number}/{name}": tensor for name, tensor in _tensors(part).items()}
-        about.append(_about(part))
+        tensors |= {f"{part.number}/{name}": tensor for name, tensor in part.tensors().items()}
+        about.append(part.about())
     _save(folder / f"process-{rank}.safetensors", tensors)
     write_json_atomic(folder / f"process-{rank}.json", about)
     if weights is not None:
@@ -71,8 +115,17 @@ def write_kept(
         write_json_atomic(folder / FACTS, dict(facts))
 
 
-def read_kept(folder: Path, kernel: Kernel[Any] | None) -> KeptUpdate:
-    """What `write_kept` wrote on all ranks. `kernel`: of the stage, for points that it drew.
+def read_kept(folder: Path, kernel: Kernel[Any] | None) -> KeptUpdate[Kept]:
+    """What `write_kept` wrote of state points on all ranks. `kernel`: of the stage, for points that it drew.
+
+    Raises:
+        CheckpointError: something is missing or broken.
+    """
+    return read_parts(folder, partial(_kept, kernel=kernel))
+
+
+def read_parts(folder: Path, make: Callable[[int, Mapping[str, Any], Mapping[str, Tensor]], P]) -> KeptUpdate[P]:
+    """What `write_kept` wrote on all ranks; `make` is given a rank, and what a part is about and its tensors.
 
     Raises:
         CheckpointError: something is missing or broken.
@@ -84,28 +137,8 @@ def read_kept(folder: Path, kernel: Kernel[Any] | None) -> KeptUpdate:
         for about in _json(folder / f"process-{rank}.json"):
             prefix = f"{about['number']}/"
             own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            batches.append(_kept(rank, about, own, kernel))
+            batches.append(make(rank, about, own))
     return KeptUpdate(facts=facts, weights=_load(folder / POLICY), batches=batches)
-
-
-def _tensors(part: Kept) -> dict[str, Tensor]:
-    points, batch = part.batch.points, part.batch
-    found = {f"points/{f.name}": getattr(points, f.name) for f in fields(Points)}
-    found |= {f"frozen/{role}": velocity for role, velocity in part.frozen.items()}
-    found |= {f"source/{p}/{s}": one for p, prompt in enumerate(batch.prompts) for s, one in enumerate(prompt.sources)}
-    return {"rows": batch.rows} | {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-
-def _about(part: Kept) -> dict[str, Any]:
-    """What of a micro-batch is no tensor."""
-    return {
-        "number": part.number, "teacher": part.batch.teacher, "drawn": part.batch.points.kernel is not None,
-        "same_as_current": [str(role) for role, velocity in part.frozen.items() if velocity is None],
-        "prompts": [
-            {name: getattr(prompt, name) for name in _ABOUT} | {"size": prompt.size, "sources": len(prompt.sources)}
-            for prompt in part.batch.prompts
-        ],
-    }  # fmt: skip
 
 
 def _kept(rank: int, about: Mapping[str, Any], own: Mapping[str, Tensor], kernel: Kernel[Any] | None) -> Kept:

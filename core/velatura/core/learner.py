@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from velatura.core.policy import CURRENT, Policy
 from velatura.core.pulse import alive
 from velatura.core.rollout import guided_velocity
 from velatura.core.types import Conditioning, Points, Role
+
+if TYPE_CHECKING:
+    from velatura.core.kept_batches import Keepable
 
 SET_OF = {
     Role.CURRENT: CURRENT, Role.OLD: "old", Role.REFERENCE: "reference", Role.EMA: "ema", Role.ANCHOR: "anchor"
@@ -137,7 +141,7 @@ class Learner:
                 tally.faults.append(Fault(self.engine.rank, None, "the gradient is not finite"))
         if tally.faults:
             if self.guard is not None:
-                self.guard.refuse(tally.faults, batches, frozen)
+                self.guard.refuse(tally.faults, _to_keep(batches, frozen))
             return replace(tally, metrics={"updated": 0.0}, timed={})
         self.policy.changed()
         tally.metrics |= {"grad_norm": info.grad_norm, "lr": info.lr, "updated": 1.0}
@@ -279,6 +283,13 @@ class Learner:
             net, self.adapter, self.guidance, points.x, points.t, self.adapter.prepare(net, cond), null, batch.rows,
             role=role, limit=2 * len(points.x),
         )  # fmt: skip
+
+
+def _to_keep(batches: Sequence[MicroBatch], frozen: Sequence[Frozen]) -> list[Keepable]:
+    from velatura.core.kept_batches import Kept
+
+    pairs = zip(batches, frozen, strict=True)
+    return [Kept(number=i, batch=batch, frozen=known) for i, (batch, known) in enumerate(pairs)]
 
 
 def with_zero_advantage(batch: MicroBatch) -> MicroBatch:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from velatura.core.commands import open_run, stage_run
 from velatura.core.encoding import Encoder
 from velatura.core.engine import EngineConfig, OptimizerConfig, make_engine
+from velatura.core.engine.protocol import Engine
 from velatura.core.errors import VelaturaError
 from velatura.core.guard import FOLDER
-from velatura.core.kept_batches import FACTS, Kept, KeptUpdate, read_kept
+from velatura.core.judge_model import JudgeModel
+from velatura.core.kept_batches import FACTS, Kept, KeptUpdate, read_kept, read_parts
+from velatura.core.kept_pictures import KeptPictures, pictures_of
 from velatura.core.learner import Learner, Tally
 from velatura.core.points import MicroBatch
 from velatura.core.policy import Policy
 from velatura.core.stages.common import StageRun
 from velatura.core.types import Points, Role
 
-REPLAYED = ("rl", "supervised", "distill")
+REPLAYED = ("rl", "supervised", "distill", "judge-fit")
 """Kinds of stage whose updates are kept."""
 GUIDED = ("rl", "distill")
 SHOWN = 8
@@ -37,7 +40,7 @@ class Finding:
     number: int
     loss: float
     points: tuple[str, ...]
-    """What is not finite, point by point."""
+    """What is not finite, point by point; of a judge, picture by picture."""
     parameters: tuple[str, ...]
     """Names of the parameters whose gradient is not finite."""
     trained: int
@@ -81,22 +84,31 @@ def replay(folder: Path) -> Replayed:
     stage = stage_run(open_run(folder.parents[2]), folder.parents[1].name)
     if stage.config.stage not in REPLAYED:
         raise VelaturaError(f"a stage of kind {stage.config.stage} cannot be replayed; {', '.join(REPLAYED)} can.")
+    if stage.config.stage == "judge-fit":
+        return _judged_again(stage, read_parts(folder, pictures_of))
     kernel = stage.build("kernel", stage.config.kernel, "kernel") if hasattr(stage.config, "kernel") else None
     kept = read_kept(folder, kernel)
     learner = _learner(stage, kept)
+    return _replayed(kept, [_again(learner, part) for part in kept.batches])
+
+
+def _replayed(kept: KeptUpdate[Any], batches: Sequence[Finding]) -> Replayed:
     weights = tuple(name for name, value in kept.weights.items() if not bool(torch.isfinite(value).all()))
-    batches = tuple(_again(learner, part) for part in kept.batches)
-    return Replayed(facts=kept.facts, weights=weights, batches=batches)
+    return Replayed(facts=kept.facts, weights=weights, batches=tuple(batches))
 
 
-def _learner(stage: StageRun, kept: KeptUpdate) -> Learner:
-    """The network wearing the weights of that moment, in plain torch: there is one process."""
-    adapter = stage.adapter()
-    policy = Policy(adapter.load(stage.device))
+def _engine(stage: StageRun, net: nn.Module, kept: KeptUpdate[Any]) -> tuple[Policy, Engine]:
+    """A network wearing the weights of that moment, in plain torch: there is one process."""
+    policy = Policy(net)
     policy.load(kept.weights, what="what was kept of the update")
     engine = stage.recipe.engine
     config = EngineConfig(kind="local", precision=engine.precision, device=engine.device, threads=engine.threads)
-    made = make_engine(policy.net, config, OptimizerConfig(lr=stage.config.optimizer.lr))
+    return policy, make_engine(policy.net, config, OptimizerConfig(lr=stage.config.optimizer.lr))
+
+
+def _learner(stage: StageRun, kept: KeptUpdate[Kept]) -> Learner:
+    adapter = stage.adapter()
+    policy, made = _engine(stage, adapter.load(stage.device), kept)
     guidance = stage.config.guidance if stage.config.stage in GUIDED else "none"
     return Learner(
         engine=made, policy=policy, adapter=adapter, guidance=stage.build("guidance", guidance, "guidance"),
@@ -120,9 +132,40 @@ def _again(learner: Learner, part: Kept) -> Finding:
     return Finding(
         rank=part.rank, number=part.number, loss=float(loss.value.detach()),
         points=tuple(_points(learner, batch, {role: value.detach() for role, value in velocity.items()})),
-        parameters=tuple(name for name, value in gradients.items() if not bool(torch.isfinite(value).all())),
+        parameters=tuple(name for name, value in gradients.items() if _odd(value)),
         trained=len(gradients),
     )  # fmt: skip
+
+
+def _judged_again(stage: StageRun, kept: KeptUpdate[KeptPictures]) -> Replayed:
+    """Loss and gradient of a judge's micro-batches."""
+    model: JudgeModel[Any] = stage.build("judge_model", stage.config.judge_model, "judge_model")
+    _, engine = _engine(stage, model.load(stage.device), kept)
+    found = []
+    for part in kept.batches:
+        loss = model.loss(engine.module, part.rated)
+        engine.backward(loss.value, last=True)
+        gradients = dict(engine.gradients())
+        engine.zero_grad()
+        found.append(Finding(
+            rank=part.rank, number=part.number, loss=float(loss.value.detach()), trained=len(gradients),
+            points=tuple(_pictures(model, engine.module, part)),
+            parameters=tuple(name for name, value in gradients.items() if _odd(value)),
+        ))  # fmt: skip
+    return _replayed(kept, found)
+
+
+def _pictures(model: JudgeModel[Any], net: nn.Module, part: KeptPictures) -> list[str]:
+    """For each picture in which something is not finite, looked at alone: which one it is, and what."""
+    found = []
+    for n, row in enumerate(part.rated):
+        images = (row.sample.image, *row.sample.prompt.sources)
+        odd = ["picture"] if any(map(_odd, images)) else []
+        with torch.no_grad():
+            odd += ["loss"] if _odd(model.loss(net, [row]).value) else []
+        if odd:
+            found.append(f"picture {n} (of {row.sample.prompt.text!r}, rated {row.mean:g}): {', '.join(odd)}")
+    return found
 
 
 def _points(learner: Learner, batch: MicroBatch, velocity: Mapping[Role, Tensor]) -> list[str]:
@@ -169,7 +212,7 @@ def told(replayed: Replayed) -> str:
         state = "all is finite" if batch.finite else "not finite"
         lines.append(f"process {batch.rank}, micro-batch {batch.number}: {state}, loss {batch.loss:.6g}")
         lines += [f"  {text}" for text in batch.points[:SHOWN]]
-        lines += [f"  and {len(batch.points) - SHOWN} more points"] if len(batch.points) > SHOWN else []
+        lines += [f"  and {len(batch.points) - SHOWN} more"] if len(batch.points) > SHOWN else []
         if batch.parameters:
             count = f"{len(batch.parameters)} of {batch.trained}"
             lines.append(f"  gradient not finite for {count} parameters: {_some(batch.parameters)}")

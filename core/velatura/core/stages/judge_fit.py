@@ -22,6 +22,7 @@ from velatura.core.data import EpochSampler
 from velatura.core.errors import RecipeError, VelaturaError
 from velatura.core.guard import Fault
 from velatura.core.judge_model import JudgeModel
+from velatura.core.kept_pictures import KeptPictures
 from velatura.core.policy import CURRENT, Policy
 from velatura.core.ratings import RatingFile, prompt_key
 from velatura.core.reward_settings import JUDGE
@@ -125,28 +126,42 @@ def _learn(training: Training, model: JudgeModel[Any], rated: Sequence[Any], wat
     parts = parts_of(rated, size, ranks.size)
     own = [(part, len(part) / len(rated)) for part in ranks.own(parts)]
     own += [(parts[0], 0.0)] * (-(-len(parts) // ranks.size) - len(own))  # who has none left waits in a backward
-    sums: dict[str, float] = defaultdict(float)
     with watch.phase("update"):
-        for number, (part, share) in enumerate(own, start=1):
-            loss = model.loss(training.engine.module, part)
-            training.engine.backward(loss.value * share, last=number == len(own))
-            sums["loss"] += float(loss.value.detach()) * share
-            for name, value in loss.metrics.items():
-                sums[f"loss/{name}"] += float(value) * share
-        of_ranks = ranks.gather(dict(sums))
-        metrics = {name: sum(one[name] for one in of_ranks) for name in sums}
+        of_ranks = ranks.gather(_accumulate(training, model, own))
+        names = {name for sums, _ in of_ranks for name in sums}
+        metrics = {name: sum(sums.get(name, 0.0) for sums, _ in of_ranks) for name in sorted(names)}
         training.guard.next_update()
-        fault = None if math.isfinite(metrics["loss"]) else Fault(0, None, f"the loss is {metrics['loss']}")
-        if fault is None:
-            info = training.engine.step()
-            fault = None if info.updated else Fault(0, None, "the gradient is not finite")
-        else:
+        faults = [fault for _, found in of_ranks for fault in found]
+        if faults:
             training.engine.zero_grad()
-        if fault is not None:
-            training.guard.refuse([fault])
+        else:
+            info = training.engine.step()
+            faults = [] if info.updated else [Fault(0, None, "the gradient is not finite")]
+        if faults:
+            kept = [KeptPictures(number=number, rated=part) for number, (part, _) in enumerate(own)]
+            training.guard.refuse(faults, kept)
             return {"updated": 0.0}
         training.policy.changed()
     return metrics | {"grad_norm": info.grad_norm, "lr": info.lr, "updated": 1.0}
+
+
+def _accumulate(
+    training: Training, model: JudgeModel[Any], own: Sequence[tuple[Sequence[Any], float]]
+) -> tuple[dict[str, float], list[Fault]]:
+    """Forwards and backwards of this rank's micro-batches, each with its share of the step; sums of what was measured,
+    and what of it is not finite."""
+    sums: dict[str, float] = defaultdict(float)
+    faults = []
+    for number, (part, share) in enumerate(own):
+        loss = model.loss(training.engine.module, part)
+        training.engine.backward(loss.value * share, last=number + 1 == len(own))
+        found = float(loss.value.detach())
+        sums["loss"] += found * share
+        for name, value in loss.metrics.items():
+            sums[f"loss/{name}"] += float(value) * share
+        if not math.isfinite(found):
+            faults.append(Fault(training.run.ranks.rank, number, f"the loss is {found}"))
+    return dict(sums), faults
 
 
 def parts_of(rated: Sequence[Any], size: int, processes: int) -> list[Sequence[Any]]:
