@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from difflib import unified_diff
 from itertools import groupby
 from pathlib import Path
-from textwrap import dedent
 
 import yaml
 
@@ -17,13 +17,13 @@ HEAD = """\
 
 <!-- Written by docs/generate_errors.py from unit_tests/errors/corpus.yaml; change that, then run it again. -->
 
-A wrong recipe is told before anything runs: in which file and line, at which path of the recipe, what stands there,
-what there is instead, and what to do. `velatura check RECIPE` looks for all of these and runs nothing. An option with a
-line of its own is named with that line.
+A mistake in a recipe is reported before anything runs: the file and the line, the path within the recipe, what stands
+there, what there is instead, and what to do. `velatura check RECIPE` looks for all of these and runs nothing. An option
+that has a line of its own is named with that line.
 
 Below is every mistake that the tests try, {count} of them, with the exact answer. Each changes a few lines of one
-recipe, [unit_tests/errors/recipe.yaml](../unit_tests/errors/recipe.yaml). Look for the words of your message with your
-browser's search.
+recipe, [unit_tests/errors/recipe.yaml](../unit_tests/errors/recipe.yaml): a line with `-` is as it was, one with `+` has the
+mistake. Look for the words of your message with your browser's search.
 """
 
 
@@ -42,17 +42,18 @@ def entry(case: Mapping[str, str]) -> Iterator[str]:
     """One mistake: what was written, and the answer."""
     mistake = case["mistake"]
     yield f"### {mistake[0].upper()}{mistake[1:]}\n"
-    yield from fence("text", written(case["old"], case["new"]))
+    yield from fence("diff", written(case["old"], case["new"]))
     if "plugin" in case:
         yield "with this `mine.py`, named under `plugins`:\n"
-        yield from fence("text", case["plugin"])
+        yield from fence("py", case["plugin"])
     yield from fence("console", f"velatura: {case['message']}")
 
 
 def written(old: str, new: str) -> str:
-    """The wrong lines; where the mistake is that something is missing, what was left out."""
-    lines = dedent(new).strip("\n")
-    return lines if lines.strip() and len(new) >= len(old) // 2 else f"left out: {dedent(old).strip()}"
+    """The lines of the recipe that change: as they were, and with the mistake."""
+    recipe = (ERRORS / "recipe.yaml").read_text(encoding="utf-8")
+    before, after = recipe.splitlines(), recipe.replace(old, new, 1).splitlines()
+    return "\n".join(line for line in unified_diff(before, after, n=0) if not line.startswith(("---", "+++", "@@")))
 
 
 def fence(language: str, text: str) -> Iterator[str]:

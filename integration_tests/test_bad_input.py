@@ -67,8 +67,8 @@ def only_message(err: str) -> str:
         ("stages.teacher_t2i.stepz=3", "stages.teacher_t2i.stepz", "Did you mean 'steps'?"),
         ("stages.teacher_t2i.steps=many", "stages.teacher_t2i.steps", "'many'"),
         ("stages.teacher_t2i.objective.with.beta=[1]", "beta", "[1]"),
-        ("stages.teacher_t2i.steps=-1", "stages.teacher_t2i.steps", "greater than or equal to 1 (got -1)"),
-        ("stages.curate_t2i.task.with.count=-5", "count", "greater than or equal to 1 (got -5)"),
+        ("stages.teacher_t2i.steps=-1", "stages.teacher_t2i.steps", "give 1 or more (got -1)"),
+        ("stages.curate_t2i.task.with.count=-5", "count", "give 1 or more (got -5)"),
         ("stages.student.init=compare", "stages.student.init", "comes from a stage of kind"),
         ("stages.student.teachers.t2i=techer_t2i", "stages.student.teachers.t2i", "Did you mean 'teacher_t2i'?"),
         ("stages.warm.init=student", "stages.warm", "stage cycle: warm -> student"),
@@ -175,7 +175,7 @@ def test_a_plugin_that_does_not_import(refused: Refused) -> None:
     Path("mine.py").write_text("import paddleocr_is_not_here\n")
     message = refused("run", "tiny.yaml", "plugins=[./mine.py]", "stages.teacher_t2i.objective=mine/noisy")
     assert "plugin 'mine'" in message
-    assert "does not import: ModuleNotFoundError" in message
+    assert "does not import, line 1: ModuleNotFoundError" in message
     assert "paddleocr_is_not_here" in message
 
 

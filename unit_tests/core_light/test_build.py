@@ -90,7 +90,7 @@ def test_wrong_options_are_listed_under_the_component(registry: Registry) -> Non
     assert wrong(registry, Ref(use="few", with_={"cuont": 3, "power": -1})) == (
         "timesteps: options of 'few' are wrong:\n"
         "  cuont: no such option. Did you mean 'count'?\n"
-        "  power: Input should be greater than or equal to 0 (got -1)"
+        "  power: give 0 or more (got -1)"
     )
 
 
@@ -105,7 +105,7 @@ def test_wrong_options_inside_options(registry: Registry) -> None:
 
 def test_options_for_a_component_without_any(registry: Registry) -> None:
     assert wrong(registry, Ref(use="eager", with_={"count": 1}), at="") == (
-        "options of 'eager' are wrong:\n  count: no such option. There is none."
+        "options of 'eager' are wrong:\n  count: no such option: there is none to set"
     )
 
 
@@ -173,7 +173,7 @@ def test_all_that_is_wrong_is_said_at_once_and_in_place(write: Write) -> None:
         resolve_options(open_registry(recipe), recipe)
     assert str(caught.value) == (
         "recipe.yaml:6: stages.train.task: options of 'my-task' are wrong:\n"
-        "  size: Input should be greater than or equal to 1 (got 0)\n"
+        "  size: give 1 or more (got 0)\n"
         "command line: stages.train.objective: no objective is called 'mine/my-objectvie'. "
         "Did you mean 'mine/my-objective'?"
     )

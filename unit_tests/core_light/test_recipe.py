@@ -179,7 +179,7 @@ def test_a_mistake_in_a_default_is_told_once_where_it_was_written(write: Write) 
           a: {stage: curate, task: world}
           b: {stage: rl, task: world}
         """)
-    assert message(name) == "recipe.yaml:3: sampling.steps: Input should be greater than or equal to 1 (got 0)"
+    assert message(name) == "recipe.yaml:3: sampling.steps: give 1 or more (got 0)"
 
 
 def test_a_missing_slot_says_where_it_may_go(write: Write) -> None:
@@ -206,7 +206,7 @@ def test_missing_keys(write: Write) -> None:
 
 def test_an_unknown_kind_of_stage_is_answered_with_the_nearest(pipeline: str) -> None:
     assert message(pipeline, "stages.student.stage=distil") == (
-        "recipe.yaml:13: stages.student: no stage is of kind 'distil'. Did you mean 'distill'?"
+        "command line: stages.student.stage: no stage is of kind 'distil'. Did you mean 'distill'?"
     )
 
 
@@ -225,12 +225,12 @@ def test_a_group_of_one_is_refused_with_the_reason(pipeline: str, value: str) ->
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("stages.teacher.steps=-1", "stages.teacher.steps: Input should be greater than or equal to 1 (got -1)"),
-        ("stages.teacher.steps=ten", "stages.teacher.steps: Input should be a valid integer (got 'ten')"),
-        ("stages.teacher.steps=true", "stages.teacher.steps: Input should be a valid integer (got True)"),
-        ("stages.teacher.max_failed=2", "stages.teacher.max_failed: Input should be less than or equal to 1 (got 2)"),
-        ("rewards.0.weight=-1", "rewards.0.weight: Input should be greater than or equal to 0 (got -1)"),
-        ("engine.kind=horovod", "engine.kind: Input should be 'deepspeed' or 'local' (got 'horovod')"),
+        ("stages.teacher.steps=-1", "stages.teacher.steps: give 1 or more (got -1)"),
+        ("stages.teacher.steps=ten", "stages.teacher.steps: give a whole number (got 'ten')"),
+        ("stages.teacher.steps=true", "stages.teacher.steps: give a whole number (got true, as YAML reads yes and on)"),
+        ("stages.teacher.max_failed=2", "stages.teacher.max_failed: give 1 or less (got 2)"),
+        ("rewards.0.weight=-1", "rewards.0.weight: give 0 or more (got -1)"),
+        ("engine.kind=horovod", "engine.kind: give 'deepspeed' or 'local' (got 'horovod')"),
     ],
 )
 def test_wrong_values_are_shown(pipeline: str, override: str, complaint: str) -> None:
@@ -246,9 +246,9 @@ def test_bf16_without_zero_is_refused_with_the_reason(pipeline: str) -> None:
 
 
 def test_prompts_come_from_one_place(pipeline: str) -> None:
-    both = "either 'prompts' (the name of a curate stage) or 'task', and not both"
-    assert message(pipeline, "stages.teacher.task=world") == f"recipe.yaml:9: stages.teacher: give {both}"
-    assert message(pipeline, "stages.teacher.prompts=null") == f"recipe.yaml:9: stages.teacher: give {both}"
+    wanted = "recipe.yaml:9: stages.teacher: give 'prompts' (the name of a curate stage) or 'task' (a component)"
+    assert message(pipeline, "stages.teacher.task=world") == f"{wanted}; both are given, leave one out"
+    assert message(pipeline, "stages.teacher.prompts=null") == f"{wanted}; neither is given"
 
 
 def test_a_default_task_yields_to_curated_prompts(pipeline: str) -> None:
@@ -278,7 +278,7 @@ def test_references_to_stages_of_the_wrong_kind(pipeline: str) -> None:
     )
     assert message(pipeline, "stages.out.model=compare") == (
         "command line: stages.out.model: stage 'compare' is of kind evaluate; "
-        "a model comes from a stage of kind rl or distill or supervised or merge. There is: student, teacher."
+        "a model comes from a stage of kind rl, distill, supervised or merge. There is: student, teacher."
     )
 
 
@@ -426,7 +426,7 @@ def test_the_baseline_is_one_of_the_models(pipeline: str) -> None:
 def test_the_base_cannot_be_exported(pipeline: str) -> None:
     assert message(pipeline, "stages.out.model=base") == (
         "command line: stages.out.model: 'base' is what the adapter loads, untrained; a model here is a stage of kind "
-        "rl or distill or supervised or merge. There is: student, teacher."
+        "rl, distill, supervised or merge. There is: student, teacher."
     )
 
 
@@ -460,7 +460,7 @@ def test_devices_that_are_none(pipeline: str, device: str) -> None:
 
 @pytest.mark.parametrize("betas", ["[1, 0.9]", "[0.9, 1.0]"])
 def test_a_mean_that_never_moves_is_refused(pipeline: str, betas: str) -> None:
-    assert "Input should be less than 1 (got 1" in message(pipeline, f"optimizer.betas={betas}")
+    assert "give less than 1 (got 1" in message(pipeline, f"optimizer.betas={betas}")
 
 
 def test_what_a_base_model_learns_from_is_no_test_where_there_are_others(write: Write) -> None:

@@ -147,7 +147,7 @@ def test_a_broken_plugin_leaves_the_others_usable(install: Install) -> None:
     assert isinstance(broken.error.__cause__, ModuleNotFoundError)
     assert message(registry, "broken/ocr") == (
         "plugin 'broken' (from velatura-broken 2.0) does not import: "
-        "ModuleNotFoundError(\"No module named 'paddleocr'\")"
+        "ModuleNotFoundError(\"No module named 'paddleocr'\"). Install what has it, or mend the import."
     )
 
 
@@ -243,9 +243,9 @@ def test_a_name_in_a_string_is_imported_when_asked_for(write: Write, monkeypatch
     ("item", "complaint"),
     [
         ("redness: m.x", "velatura_reward names 'redness: m.x'; write 'name = package.module:Class'"),
-        (3, "velatura_reward returned 3, which is not a component class"),
+        (3, "velatura_reward returned 3, which is not a component class; it should return a list of classes or of strings 'name = package.module:Class'"),
         (Nameless, "velatura_reward returned class Nameless, which has no name; set name = '...' in it"),
-        (Unfinished, "reward 'unfinished' does not implement score"),
+        (Unfinished, "reward 'unfinished' does not implement score. Write score(self, samples)."),
         (Still, f"reward 'still' is {Still!r}, which is not a subclass of RewardModel"),
         (f"x = {__name__}:X", f"reward 'x' is said to be {__name__}:X, but {__name__} has no 'X'"),
         (
@@ -333,7 +333,10 @@ def test_a_file_that_does_not_import(write: Write) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PluginError) as caught:
         Registry.empty().add_file(tmp_path / "gone.py")
-    assert str(caught.value) == f"there is no plugin file '{tmp_path / 'gone.py'}'"
+    assert str(caught.value) == f"there is no plugin file '{tmp_path / 'gone.py'}'."
+    (tmp_path / "gonne.py").touch()
+    with pytest.raises(PluginError, match=r"Did you mean 'gonne\.py'\?"):
+        Registry.empty().add_file(tmp_path / "gone.py")
 
 
 def test_components_of_a_file_can_be_pickled(write: Write) -> None:

@@ -38,6 +38,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+def only_one(settings: Settings, **meanings: str) -> None:
+    """Refuse settings in which not exactly one of these fields is given; each with what it is."""
+    given = [name for name in meanings if getattr(settings, name) is not None]
+    if len(given) != 1:
+        wanted = " or ".join(f"{name!r} ({meaning})" for name, meaning in meanings.items())
+        raise ValueError(f"give {wanted}; {'both are given, leave one out' if given else 'neither is given'}")
+
+
 class Ref(Settings):
     """Names a component and sets its options: `{use: nft, with: {beta: 1.0}}`, or only `nft`."""
 

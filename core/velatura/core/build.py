@@ -52,7 +52,8 @@ def open_registry(recipe: Recipe) -> Registry:
         try:
             registry.add_file(recipe.folder / plugin)
         except PluginError as error:
-            raise PluginError(prefixed(recipe.at(("plugins", index)), str(error))) from error
+            said = f"{error} A path under 'plugins' starts at the folder of the recipe."
+            raise PluginError(prefixed(recipe.at(("plugins", index)), said)) from error
     return registry
 
 

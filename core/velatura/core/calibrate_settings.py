@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from velatura.core.base_settings import Count, NotNegative, Positive, Ref, Settings, Share
+from velatura.core.base_settings import Count, NotNegative, Positive, Ref, Settings, Share, only_one
 from velatura.core.errors import suggest
 from velatura.core.reward_settings import RewardRef
 from velatura.core.settings import Sampling, group_of
@@ -88,8 +88,7 @@ class CalibrateStage(Settings):
 
     @model_validator(mode="after")
     def _one_origin_of_prompts(self) -> CalibrateStage:
-        if (self.task is None) == (self.prompts is None):
-            raise ValueError("give either 'prompts' (the name of a curate stage) or 'task', and not both")
+        only_one(self, prompts="the name of a curate stage", task="a component")
         return self
 
     def budget_of(self, category: str) -> dict[str, float] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -46,9 +46,23 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """
     names = sorted(set(known))
     near = get_close_matches(name, names, n=1, cutoff=0.6)
-    if near:
+    if near and not (kin := _relatives(name, names)):
         return f" Did you mean {near[0]!r}?"
-    return f" There is: {', '.join(names)}." if names else " There is none."
+    shown = kin if near else names
+    return f" There is: {', '.join(shown)}." if shown else " There is none."
+
+
+def _relatives(name: str, names: Sequence[str]) -> Sequence[str]:
+    """Names that are near only by their first word: the rest is another, so any of them may be meant."""
+    first, _, rest = name.partition("-")
+    kin = [other for other in names if other.startswith(f"{first}-")]
+    rests = [other.removeprefix(f"{first}-") for other in kin]
+    return [] if len(kin) < 3 or get_close_matches(rest, rests, n=1, cutoff=0.6) else kin
+
+
+def either(words: Sequence[str]) -> str:
+    """`rl, distill or merge`."""
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def prefixed(at: str, message: str) -> str:

@@ -26,6 +26,8 @@ def complaints(error: ValidationError, model: type[BaseModel], noun: str) -> Ite
     for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden"):
         places = _walk(model, detail["loc"])
         location = tuple(part for part, _ in places if part != "[key]")
+        if detail["type"] == "union_tag_invalid":
+            location = (*location, "stage")
         yield location, _describe(detail, places, model, noun)
 
 
@@ -35,6 +37,8 @@ def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: 
     if detail["type"] == "extra_forbidden":
         parent = places[-2][1] if len(places) > 1 else model
         known = keys(parent)
+        if not known:
+            return f"no such {noun}: there is none to set"
         hint = suggest(str(detail["loc"][-1]), known)
         slot = {"use", "with"} <= set(known) and hint.startswith(" There is")
         return f"no such {noun}.{hint}{' Options of the component stand in ' + repr('with') + '.' if slot else ''}"
@@ -48,24 +52,48 @@ def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: 
         return f"'stage' is missing; it says of what kind the stage is: {', '.join(_tags(expected))}"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
-    return f"{_wanted(detail)} (got {reprlib.repr(detail['input'])}){_near_value(detail, expected)}"
+    return f"{_wanted(detail)} (got {_got(detail['input'])}){_near_value(detail, expected)}"
 
 
 WANTED = {
-    "model_type": "this is one component: write its name, or {use: NAME, with: {OPTION: VALUE}}",
-    "dict_type": "this is a mapping: write {NAME: VALUE}",
+    "model_type": "this is one component: write its name, or {{use: NAME, with: {{OPTION: VALUE}}}}",
+    "dict_type": "this is a mapping: write {{NAME: VALUE}}",
     "list_type": "this is a list: write [...], also for a single item",
+    "int_type": "give a whole number",
+    "int_parsing": "give a whole number",
+    "int_from_float": "give a whole number",
+    "float_type": "give a number",
+    "float_parsing": "give a number",
+    "finite_number": "give a finite number",
+    "bool_type": "give true or false",
+    "bool_parsing": "give true or false",
+    "string_type": "give text, in quotes where YAML would read it as something else",
+    "greater_than": "give more than {gt:g}",
+    "greater_than_equal": "give {ge:g} or more",
+    "less_than": "give less than {lt:g}",
+    "less_than_equal": "give {le:g} or less",
+    "literal_error": "give {expected}",
+    "too_short": "give at least {min_length}",
+    "too_long": "give at most {max_length}",
 }
-"""Type of a complaint -> what should stand there, where pydantic's words are not those of somebody who writes YAML."""
+"""Type of a complaint -> what should stand there, in the words of somebody who writes YAML; else pydantic's words."""
 
 
 def _wanted(detail: ErrorDetails) -> str:
     """What should stand there."""
-    if detail["type"] == "too_short":
-        return f"give at least {detail['ctx']['min_length']}"
-    if detail["type"] == "model_type" and "Ref" not in str(detail["ctx"].get("class_name", "")):
-        return WANTED["dict_type"]
-    return WANTED.get(detail["type"], detail["msg"])
+    context = detail.get("ctx", {})
+    settings = detail["type"] == "model_type" and "Ref" not in str(context.get("class_name", ""))
+    wanted = WANTED.get("dict_type" if settings else detail["type"])
+    return detail["msg"] if wanted is None else wanted.format(**context)
+
+
+def _got(value: object) -> str:
+    """A value as it stands in a recipe."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true, as YAML reads yes and on" if value else "false, as YAML reads no and off"
+    return reprlib.repr(value)
 
 
 def _near_value(detail: ErrorDetails, expected: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from velatura.core.calibrate_settings import CalibrateStage
-from velatura.core.errors import suggest
+from velatura.core.errors import either, suggest
 from velatura.core.judge_settings import JudgeFitStage
 from velatura.core.kinds import Stage
 from velatura.core.merge_settings import MergeStage
@@ -119,7 +119,7 @@ def _complaint(name: str, reference: Reference, stages: Mapping[str, Stage]) -> 
     if target == BASE and reference.base:
         return ""
     if target == BASE:
-        kinds = " or ".join(reference.kinds)
+        kinds = either(reference.kinds)
         hint = suggest("", fitting) if fitting else ""
         return f"'base' is what the adapter loads, untrained; {reference.role} here is a stage of kind {kinds}.{hint}"
     if target not in stages:
@@ -128,7 +128,7 @@ def _complaint(name: str, reference: Reference, stages: Mapping[str, Stage]) -> 
         here = suggest("", [BASE, *fitting] if reference.base else fitting)
         return f"stage {name!r} needs its own result. Name another.{here}"
     if stages[target].stage not in reference.kinds:
-        kinds = " or ".join(reference.kinds)
+        kinds = either(reference.kinds)
         return (
             f"stage {target!r} is of kind {stages[target].stage}; {reference.role} comes from a stage of kind {kinds}."
             f"{suggest(target, fitting) if fitting else ' Add one.'}"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from velatura.core.base_settings import Count, Positive, Ref, Settings, Share, Whole
+from velatura.core.base_settings import Count, Positive, Ref, Settings, Share, Whole, only_one
 from velatura.core.reward_settings import RewardRef
 from velatura.core.settings import Optimizer, Sampling, leaves_warmup
 
@@ -82,8 +82,7 @@ class JudgeFitStage(Settings):
 
     @model_validator(mode="after")
     def _is_complete(self) -> JudgeFitStage:
-        if (self.ratings is None) == (self.rated is None):
-            raise ValueError("give either 'ratings' (a file) or 'rated' (the name of a rate stage), and not both")
+        only_one(self, ratings="a file", rated="the name of a rate stage")
         if self.train_share == 0 or self.calibration_share == 0 or self.train_share + self.calibration_share > 0.99:
             raise ValueError("each split needs a share: train_share and calibration_share above 0, together below 1")
         leaves_warmup(self.optimizer, self.steps)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from velatura.core.errors import PluginError, cause, suggest
 
 HOOK = "velatura_"
 """Every hook is called this and the kind it answers for."""
+RETURNS = "it should return a list of classes or of strings 'name = package.module:Class'"
 REFERENCE = re.compile(r"\s*(?P<name>[^\s=]+)\s*=\s*(?P<module>[\w.]+):(?P<attribute>\w+)\s*")
 
 
@@ -82,8 +84,8 @@ class Offer:
             actual = getattr(target, "name", None)
             raise PluginError(f"{said} is a class whose name is {actual!r}; set name = {self.short!r} in it")
         if inspect.isabstract(target):
-            missing = ", ".join(sorted(target.__abstractmethods__))
-            raise PluginError(f"{said} does not implement {missing}")
+            missing = sorted(target.__abstractmethods__)
+            raise PluginError(f"{said} does not implement {', '.join(missing)}. Write {_signatures(contract, missing)}.")
         return target
 
     def _imported(self) -> Any:
@@ -97,6 +99,11 @@ class Offer:
         if not hasattr(imported, attribute):
             raise PluginError(f"{said} is said to be {self.target}, but {module} has no {attribute!r}")
         return getattr(imported, attribute)
+
+
+def _signatures(contract: type[Component[Any]], methods: Iterable[str]) -> str:
+    """`score(self, samples)` of every method."""
+    return ", ".join(f"{m}({', '.join(inspect.signature(getattr(contract, m)).parameters)})" for m in methods)
 
 
 def import_file(path: Path) -> ModuleType:
@@ -122,7 +129,7 @@ def load(manager: pluggy.PluginManager, origin: Origin, importer: Callable[[], o
     try:
         plugin = importer()
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{origin} does not import: {_other_release(error) or cause(error)}") from error
+        raise PluginError(f"{origin} does not import{_line(origin, error)}: {_raised(error)}") from error
     for name in dir(plugin):
         is_hook = name.startswith(HOOK) and isinstance(getattr(plugin, name), FunctionType)
         if is_hook and manager.parse_hookimpl_opts(plugin, name) is None:
@@ -136,10 +143,23 @@ def load(manager: pluggy.PluginManager, origin: Origin, importer: Callable[[], o
             manager.unregister(plugin)
             known = [f"{HOOK}{kind}" for kind in CONTRACTS]
             raise PluginError(
-                f"plugin {origin.plugin!r} implements {caller.name!r}, which this velatura does not have."
-                f"{suggest(caller.name, known)}"
+                f"{origin} implements {caller.name!r}, which this velatura does not have.{suggest(caller.name, known)}"
             )
     return plugin
+
+
+def _line(origin: Origin, error: BaseException) -> str:
+    """`, line 3` of a plugin file, where its import ended."""
+    trace = error.__traceback__
+    lines = [number for frame, number in walk_tb(trace) if frame.f_code.co_filename == origin.distribution]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _raised(error: BaseException) -> str:
+    """What a plugin raised while it was imported, and what to do about a package that is not there."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{cause(error)}. Install what has it, or mend the import."
+    return _other_release(error) or cause(error)
 
 
 def _other_release(error: BaseException) -> str:
@@ -169,8 +189,7 @@ def offers(manager: pluggy.PluginManager, origin: Origin, plugin: object, kind: 
         except Exception as error:
             raise PluginError(f"{origin}: {hook} raised {cause(error)}") from error
         if isinstance(answer, str | bytes) or not isinstance(answer, Iterable):
-            wanted = "a list of classes or of strings 'name = package.module:Class'"
-            raise PluginError(f"{origin}: {hook} returned {answer!r}; it should return {wanted}")
+            raise PluginError(f"{origin}: {hook} returned {answer!r}; {RETURNS}")
         found += [_offer(origin, kind, item) for item in answer]
     return found
 
@@ -186,7 +205,7 @@ def _offer(origin: Origin, kind: str, item: object) -> Offer:
             raise PluginError(f"{origin}: {hook} names {item!r}; write 'name = package.module:Class'")
         return Offer(origin=origin, kind=kind, short=match["name"], target=f"{match['module']}:{match['attribute']}")
     if not isinstance(item, type) or not issubclass(item, Component):
-        raise PluginError(f"{origin}: {hook} returned {item!r}, which is not a component class")
+        raise PluginError(f"{origin}: {hook} returned {item!r}, which is not a component class; {RETURNS}")
     short = getattr(item, "name", None)
     if not isinstance(short, str):
         raise PluginError(f"{origin}: {hook} returned class {item.__name__}, which has no name; set name = '...' in it")

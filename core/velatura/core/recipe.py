@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from velatura.core import graph
 from velatura.core.base_settings import Ref, Settings, Whole
 from velatura.core.calibrate_settings import CalibrateStage, mismatches
-from velatura.core.errors import RecipeError, prefixed, suggest
+from velatura.core.errors import RecipeError, either, prefixed, suggest
 from velatura.core.explain import complaints, keys
 from velatura.core.judge_settings import JudgeFitStage, RateStage
 from velatura.core.kinds import Stage
@@ -32,7 +32,7 @@ from velatura.core.settings import (
     Sampling,
     SupervisedStage,
 )
-from velatura.core.source import Location, Source, assign, parse_override, read
+from velatura.core.source import Key, Location, Source, assign, parse_override, read
 
 __all__ = [
     "SLOTS",
@@ -325,28 +325,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _lines(error: ValidationError, source: Source) -> Iterator[str]:
     """What is wrong, one line each."""
+    missing: dict[Key, list[Location]] = {}
     for location, message in complaints(error, Recipe, "key"):
         if message.startswith("this key is missing") and location[-1] in Recipe.model_fields and len(location) == 3:
-            advice = f"{location[-1]!r} is missing; give it here, or once at the top of the recipe for every stage"
-            yield prefixed(source.at(location[:-1]), advice)
-        elif message.startswith("no such key") and (above := _only_above(source, location)):
-            yield prefixed(source.at(location), above)
+            missing.setdefault(location[-1], []).append(location[:-1])
+        elif message.startswith("no such key") and (told := _of_another_place(source, location, message)):
+            yield prefixed(source.at(location), told)
         else:
             yield prefixed(source.at(_as_written(source, location)), message)
+    for key, (stage, *others) in missing.items():
+        more = f"; stages {', '.join(str(other[1]) for other in others)} lack it, too" if others else ""
+        advice = f"{key!r} is missing; give it here, or once at the top of the recipe for every stage{more}"
+        yield prefixed(source.at(stage), advice)
 
 
-def _only_above(source: Source, location: Location) -> str | None:
-    """What to say of a key of a stage that stands at the top of a recipe alone, like `engine`; None for other keys."""
+def _of_another_place(source: Source, location: Location, message: str) -> str | None:
+    """What to say of a key of a stage that only the top of a recipe has, like `engine`, or only stages of other kinds;
+    None for other keys."""
     if len(location) != 3 or location[0] != "stages":
         return None
-    known = _class_of(source.data["stages"].get(location[1]))
-    own = keys(known) if known is not None else []
-    above = [key for key in keys(Recipe) if all(key not in stage.model_fields for stage in STAGE_CLASSES.values())]
-    key = next(iter(get_close_matches(str(location[2]), [*own, *above], n=1)), "")
-    if key not in above:
-        return None
+    key, stage = str(location[2]), source.data["stages"].get(location[1])
+    own = keys(_class_of(stage)) if _class_of(stage) else []
+    kinds = [kind for kind, known in STAGE_CLASSES.items() if key in keys(known)]
+    if kinds:
+        return f"no such key in a stage of kind {stage['stage']}; those of kind {either(kinds)} have it.{message[12:]}"
+    above = [key for key in keys(Recipe) if all(key not in known.model_fields for known in STAGE_CLASSES.values())]
+    near = next(iter(get_close_matches(key, [*own, *above], n=1)), "")
     here = ".".join(map(str, location))
-    return f"no such key. {key!r} stands at the top of the recipe, for all stages: write {key}, not {here}"
+    advice = f"no such key. {near!r} stands at the top of the recipe, for all stages: write {near}, not {here}"
+    return advice if near in above else None
 
 
 def _make_room(source: Source, location: Location) -> None:

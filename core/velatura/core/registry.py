@@ -92,7 +92,8 @@ class Registry:
         """Use a Python file as a plugin named after it. A second time for the same file does nothing."""
         path = Path(path).resolve()
         if not path.is_file():
-            raise PluginError(f"there is no plugin file {str(path)!r}")
+            beside = [file.name for file in path.parent.glob("*.py")]
+            raise PluginError(f"there is no plugin file {str(path)!r}.{suggest(path.name, beside) if beside else ''}")
         self._include(Origin(plugin=path.stem, distribution=str(path), is_file=True), partial(import_file, path))
 
     def _include(self, origin: Origin, importer: Callable[[], object]) -> None:

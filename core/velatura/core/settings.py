@@ -15,6 +15,7 @@ from velatura.core.base_settings import (
     Share,
     WeightedRef,
     Whole,
+    only_one,
 )
 from velatura.core.engine_settings import Engine as Engine
 from velatura.core.engine_settings import Optimizer as Optimizer
@@ -145,8 +146,7 @@ class RLStage(Settings):
 
     @model_validator(mode="after")
     def _one_origin_of_prompts(self) -> RLStage:
-        if (self.task is None) == (self.prompts is None):
-            raise ValueError("give either 'prompts' (the name of a curate stage) or 'task', and not both")
+        only_one(self, prompts="the name of a curate stage", task="a component")
         return self
 
     @model_validator(mode="before")

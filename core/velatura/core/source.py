@@ -73,12 +73,18 @@ def read(path: Path) -> Source:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         begun = error.context_mark.line + 1 if error.context_mark else line
         inside = f", in what begins on line {begun}" if begun != line else ""
-        raise RecipeError(f"{path}:{line}: this is not YAML: {error.problem or error.context}{inside}") from error
+        raise RecipeError(f"{path}:{line}: this is not YAML: {_problem(error)}{inside}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: this is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with the key 'stages', this is a {type(data).__name__}")
     return Source(name=str(path), data=data, lines=dict(places))
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    """What YAML's reader stumbled over."""
+    said = str(error.problem or error.context)
+    return "a tab stands before a word; indent with spaces" if r"'\t'" in said else said
 
 
 def _unshared(value: Any, name: str, above: tuple[int, ...] = ()) -> Any:
