@@ -55,25 +55,47 @@ def change(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    ("path", "value", "place"),
     [
-        ("sead", 1),
-        ("stages/teacher_t2i/steps", 0),
-        ("stages/teacher_t2i/objective", "ntf"),
-        ("stages/teacher_t2i/objective", {"use": "ntf"}),
-        ("stages/teacher_t2i/objective", "ode"),
-        ("stages/teacher_t2i/objective", {"use": "nft", "with": {"bta": 1}}),
-        ("stages/teacher_t2i/objective", {"use": "nft", "with": {"beta": "much"}}),
-        ("stages/teacher_t2i/rewards/0", {"use": "tinyworld-alignment", "wieght": 1}),
-        ("stages/teacher_t2i/rewards/0", {"use": "tinyworld-alignment", "weight": -1}),
-        ("stages/teacher_t2i/rewards/0", "nft"),
-        ("adapter", {"use": "tinyworld", "with": {"widht": 3}}),
-        ("stages/teacher_t2i/stage", "rlhf"),
+        ("sead", 1, ""),
+        ("engine/kind", "locl", "engine/kind"),
+        ("optimizer", {"learning_rate": 1.0}, "optimizer"),
+        ("stages/teacher_t2i/steps", 0, "stages/teacher_t2i/steps"),
+        ("stages/teacher_t2i/stepz", 2, "stages/teacher_t2i"),
+        ("stages/teacher_t2i/objective", "ntf", "stages/teacher_t2i/objective"),
+        ("stages/teacher_t2i/objective", {"use": "ntf"}, "stages/teacher_t2i/objective/use"),
+        ("stages/teacher_t2i/objective", "ode", "stages/teacher_t2i/objective"),
+        ("stages/teacher_t2i/objective", {"use": "nft", "with": {"bta": 1}}, "stages/teacher_t2i/objective/with"),
+        (
+            "stages/teacher_t2i/objective",
+            {"use": "nft", "with": {"beta": "much"}},
+            "stages/teacher_t2i/objective/with/beta",
+        ),
+        ("stages/teacher_t2i/rewards/0", {"use": "nft"}, "stages/teacher_t2i/rewards/0/use"),
+        (
+            "stages/teacher_t2i/rewards/0",
+            {"use": "tinyworld-alignment", "wieght": 1},
+            "stages/teacher_t2i/rewards/0",
+        ),
+        (
+            "stages/teacher_t2i/rewards/0",
+            {"use": "tinyworld-alignment", "weight": -1},
+            "stages/teacher_t2i/rewards/0/weight",
+        ),
+        ("stages/teacher_t2i/rewards/0", "nft", "stages/teacher_t2i/rewards/0"),
+        ("rewards", [{"use": "tinyworld-alignment", "weight": "much"}], "rewards/0/weight"),
+        ("adapter", {"use": "tinyworld", "with": {"widht": 3}}, "adapter/with"),
+        ("adapter", 3, "adapter"),
+        ("stages/teacher_t2i/stage", "rlhf", "stages/teacher_t2i/stage"),
+        ("stages/student/teachers", "teacher_t2i", "stages/student/teachers"),
     ],
 )
-def test_a_mistake_is_found_by_the_editor(path: str, value: Any, complaints: Callable[[Any], list[str]]) -> None:
+def test_an_editor_underlines_a_mistake_where_it_stands(
+    path: str, value: Any, place: str, complaints: Callable[[Any], list[str]]
+) -> None:
+    """One complaint; of a key that does not exist at the mapping that has it."""
     data = read(ROOT / "recipes" / "tinyworld.yaml").data
-    assert complaints(change(data, path, value))
+    assert complaints(change(data, path, value)) == [place]
 
 
 @pytest.mark.parametrize(
@@ -96,9 +118,7 @@ def test_options_are_described_for_completion(schema: dict[str, Any]) -> None:
         "How many steps to train on"
         in definitions["options.timesteps.high-noise"]["properties"]["count"]["description"]
     )
-    names = {
-        entry.get("const"): entry.get("description") for entry in definitions["Ref.objective"]["anyOf"][0]["anyOf"]
-    }
+    names = {entry.get("const"): entry.get("description") for entry in definitions["Ref.objective"]["else"]["anyOf"]}
     assert names["nft"]
     assert "ode" not in names
 

@@ -17,6 +17,7 @@ REFERENCES = ("Ref", "RewardRef", "RaterRef")
 """Definitions of what may stand in a slot."""
 FOUND_ELSEWHERE = {"reward": ("path",)}
 """Kind -> options that a recipe may leave out although they are required: `judge: STAGE` sets the path."""
+NOTHING: Schema = {"type": "null"}
 
 
 def with_components(schema: Schema, registry: Registry) -> Schema:
@@ -39,7 +40,9 @@ def with_components(schema: Schema, registry: Registry) -> Schema:
     for kind, infos in offered.items():
         for info in infos:
             definitions |= _options(registry, kind, info)
-    return _used(found)
+    found["properties"]["stages"] |= {"additionalProperties": _stage(found["properties"]["stages"])}
+    precise: Schema = _precise(found)
+    return _used(precise)
 
 
 def _offered(registry: Registry) -> dict[str, list[ComponentInfo]]:
@@ -72,16 +75,53 @@ def _slot(reference: Schema, kind: str, infos: list[ComponentInfo]) -> Schema:
     found = copy.deepcopy(reference)
     names = _names(infos)
     _, long = found["anyOf"]
-    found["anyOf"] = [names, long]
+    del found["anyOf"]
+    found |= {"if": {"type": "object"}, "then": long, "else": names}
     long["properties"]["use"] = names | {"description": long["properties"]["use"].get("description", "")}
     long["properties"]["with"] = {"description": "Options of the component.", "type": ["object", "null"]}
     long["allOf"] = [
         {
             "if": {"properties": {"use": {"enum": _spellings(info)}}, "required": ["use"]},
-            "then": {"properties": {"with": {"anyOf": [{"$ref": _pointer(kind, info)}, {"type": "null"}]}}},
+            "then": {"properties": {"with": {"anyOf": [{"$ref": _pointer(kind, info)}, NOTHING]}}},
         }
         for info in infos
     ]
+    return found
+
+
+def _stage(stages: Schema) -> Schema:
+    """What a stage may be, by its kind: a complaint about one kind says nothing of the others."""
+    mapping: dict[str, str] = stages["additionalProperties"]["discriminator"]["mapping"]
+    return {
+        "type": "object",
+        "required": ["stage"],
+        "properties": {"stage": {"enum": list(mapping), "description": "Of what kind the stage is."}},
+        "allOf": [
+            {"if": {"properties": {"stage": {"const": kind}}, "required": ["stage"]}, "then": {"$ref": pointer}}
+            for kind, pointer in mapping.items()
+        ],
+    }
+
+
+def _precise(value: Any) -> Any:
+    """The same with "this or nothing" such that what is wrong within "this" is complained of where it stands.
+
+    Of alternatives a validator only says that none of them fits. The alternatives stay for what is neither a mapping
+    nor a list, which an editor completes by them.
+    """
+    if isinstance(value, list):
+        return [_precise(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _precise(item) for key, item in value.items()}
+    this = [one for one in found.get("anyOf", ()) if one != NOTHING]
+    if (
+        len(this) == 1
+        and len(found["anyOf"]) == 2
+        and ("$ref" in this[0] or this[0].get("type") in ("array", "object"))
+    ):
+        either = found.pop("anyOf")
+        found |= {"if": {"type": ["array", "object"]}, "then": this[0], "else": {"anyOf": either}}
     return found
 
 
