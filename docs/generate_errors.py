@@ -22,8 +22,8 @@ there, what there is instead, and what to do. `velatura check RECIPE` looks for 
 that has a line of its own is named with that line.
 
 Below is every mistake that the tests try, {count} of them, with the exact answer. Each changes a few lines of one
-recipe, [unit_tests/errors/recipe.yaml](../unit_tests/errors/recipe.yaml): a line with `-` is as it was, one with `+` has the
-mistake. Look for the words of your message with your browser's search.
+recipe, [unit_tests/errors/recipe.yaml](../unit_tests/errors/recipe.yaml): a line with `-` is as it was, one with `+`
+has the mistake. Look for the words of your message with your browser's search.
 """
 
 

@@ -245,10 +245,11 @@ def test_a_name_in_a_string_is_imported_when_asked_for(write: Write, monkeypatch
         ("redness: m.x", "velatura_reward names 'redness: m.x'; write 'name = package.module:Class'"),
         (
             3,
-            "velatura_reward returned 3, which is not a component class; it should return a list of classes or of strings 'name = package.module:Class'",
+            "velatura_reward returned 3, which is not a component class; it should return a list of classes or of "
+            "strings 'name = package.module:Class'",
         ),
         (Nameless, "velatura_reward returned class Nameless, which has no name; set name = '...' in it"),
-        (Unfinished, "reward 'unfinished' does not implement score. Write score(self, samples)."),
+        (Unfinished, "reward 'unfinished' lacks score. Write score(self, samples)."),
         (Still, f"reward 'still' is {Still!r}, which is not a subclass of RewardModel"),
         (f"x = {__name__}:X", f"reward 'x' is said to be {__name__}:X, but {__name__} has no 'X'"),
         (

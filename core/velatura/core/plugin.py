@@ -85,9 +85,7 @@ class Offer:
             raise PluginError(f"{said} is a class whose name is {actual!r}; set name = {self.short!r} in it")
         if inspect.isabstract(target):
             missing = sorted(target.__abstractmethods__)
-            raise PluginError(
-                f"{said} does not implement {', '.join(missing)}. Write {_signatures(contract, missing)}."
-            )
+            raise PluginError(f"{said} lacks {', '.join(missing)}. Write {_signatures(contract, missing)}.")
         return target
 
     def _imported(self) -> Any:
