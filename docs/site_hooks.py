@@ -13,6 +13,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+FRAGMENT = re.compile(r"(?<=^```)(yaml\n|python\n)# fragment\n")
+"""What tells the tests that a block is a part of a file; readers see that."""
 LANGUAGES = {".yaml": "yaml", ".py": "python", ".toml": "toml", ".jsonl": "json"}
 
 
@@ -34,7 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turn links seen from the repository into links seen from the site."""
+    """Turn links seen from the repository into links seen from the site, and leave out what only tests read."""
     here = page.file.src_uri
     origin = origin_of(here)
 
@@ -45,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return posixpath.relpath(name, posixpath.dirname(here) or ".") + (match[2] or "")
 
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
-    return "".join(part if part.startswith("```") else LINK.sub(seen, part) for part in parts)
+    return "".join(FRAGMENT.sub(r"\1", part) if part.startswith("```") else LINK.sub(seen, part) for part in parts)
 
 
 def outside(page: Path) -> Iterator[Path]:
