@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from velatura.core.errors import VelaturaError
 from velatura.core.recipe import load_recipe
 from velatura.core.registry import Registry
 from velatura.core.scaffold import new_plugin
+from velatura.testing import NotChecked, plugin_checks
 from velatura.testing.fixtures import TinyRun
 
 pytest_plugins = ["velatura.testing.fixtures"]
@@ -77,6 +79,9 @@ def test_a_package_of_each_kind_alone(kind: str, tmp_path: Path, monkeypatch: py
     assert (info.kind, info.problem) == (kind, "")
     assert issubclass(component, Component)
     assert f"`{info.name}`" in (folder / "README.md").read_text()
+    for check in plugin_checks(name, registry=registry):
+        with suppress(NotChecked):
+            check()
 
 
 def test_its_own_tests_pass_once_it_is_installed(package: Path, python: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from velatura.core.components import ModelAdapter
+from velatura.core.errors import VelaturaError
 from velatura.core.types import Conditioning, Prompt
 from velatura.testing.kit import Subject, check, require, require_close, require_finite
 
@@ -47,10 +49,14 @@ def _loaded(subject: Subject) -> _Loaded:
 
 @check("adapter")
 def times_run_from_one_to_zero(subject: Subject) -> None:
-    """[steps + 1] fp32, falling."""
+    """[steps + 1] fp32, falling. A single step may be refused, in words."""
     adapter = subject.ready()
     for steps in (1, 4, 20):
-        t = adapter.times(steps, subject.asked()[0])
+        try:
+            t = adapter.times(steps, subject.asked()[0])
+        except VelaturaError as refusal:
+            require(steps == 1, f"a grid of {steps} steps is refused: {refusal}")
+            continue
         require(t.shape == (steps + 1,), f"the grid of {steps} steps has shape {list(t.shape)}")
         require(t.dtype == torch.float32, f"times are {t.dtype}")
         require(float(t[0]) == 1 and float(t[-1]) == 0, f"times run from {float(t[0]):g} to {float(t[-1]):g}")
@@ -103,11 +109,15 @@ def velocity_does_not_depend_on_the_batch(subject: Subject) -> None:
 
 @check("adapter")
 def encoding_is_deterministic(subject: Subject) -> None:
-    """The same prompts twice give the same velocity, and a gradient-free conditioning for each."""
+    """The same prompts twice give the same velocity, and a gradient-free conditioning for each.
+
+    A network that is distilled to do without guidance may refuse `null`, in words.
+    """
     loaded = _loaded(subject)
     rows = list(range(len(loaded.prompts)))
     require(len(loaded.adapter.encode(loaded.prompts)) == len(rows), "`encode` gives another number of rows")
-    require(len(loaded.adapter.null(loaded.prompts)) == len(rows), "`null` gives another number of rows")
+    with suppress(VelaturaError):
+        require(len(loaded.adapter.null(loaded.prompts)) == len(rows), "`null` gives another number of rows")
     require_close(loaded.velocity(rows), loaded.velocity(rows), "the same prompts, encoded twice, draw otherwise", 0.0)
 
 

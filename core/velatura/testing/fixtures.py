@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from velatura.core.base_settings import Ref
+from velatura.core.components import ModelAdapter
 from velatura.core.registry import Registry
+from velatura.core.types import Context
 
 FLAKY = Path(__file__).with_name("flaky.py")
 """A plugin file with a reward that fails on demand, `flaky/brightness`."""
@@ -41,6 +44,23 @@ class TinyRun:
 def empty_registry() -> Registry:
     """A registry without plugins, whatever is installed: `add` an object with hooks, or `add_file`."""
     return Registry.empty()
+
+
+@pytest.fixture
+def toy_adapter(tmp_path: Path) -> ModelAdapter[Any]:
+    """The adapter of the embedded world with a tiny untrained network, set up on the CPU; `load` gives the network.
+
+    It draws pictures of 24 x 24 and knows the words of that world: `Prompt(id="p", text="a red circle on white", task="t2i")`.
+    """
+    import torch
+
+    from velatura.core.build import build
+
+    options = {"weights": None, "width": 48, "layers": 2}
+    made = build(Registry.discover(), "adapter", Ref.model_validate({"use": "tinyworld", "with": options}))
+    made.setup(Context(device=torch.device("cpu"), cache=tmp_path / "cache", seed=0, base=tmp_path))
+    assert isinstance(made, ModelAdapter)
+    return made
 
 
 @pytest.fixture

@@ -184,7 +184,8 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         """The sigmas of the model's own scheduler, its shift for this size applied: [steps + 1], 1 down to 0."""
         size = self.size_of(prompt)
         scheduler = self.folder.scheduler()
-        self.set_times(scheduler, steps, self.tokens(size))
+        with np.errstate(invalid="ignore"):  # said below, in words
+            self.set_times(scheduler, steps, self.tokens(size))
         sigmas: Tensor = scheduler.sigmas.float().cpu()
         if not bool(sigmas.isfinite().all()):
             raise VelaturaError(
