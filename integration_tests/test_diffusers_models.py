@@ -13,7 +13,7 @@ from PIL import Image
 from velatura.core.cli import main
 
 FAMILIES = Path(__file__).parent.parent / "unit_tests" / "adapters" / "families"
-sys.path.insert(0, str(FAMILIES))
+sys.path[:0] = [str(FAMILIES), str(FAMILIES.parent)]
 
 REWARD = '''
 """How bright a picture is."""
@@ -118,6 +118,49 @@ def test_teachers_and_a_student_of_a_stock_model(workspace: Path, capsys: pytest
         [sys.executable, "-W", "ignore", "-c", LOAD, model], capture_output=True, text=True, check=True, timeout=120
     )
     assert int(done.stdout.split()[-1]) == 43088
+
+
+def test_the_example_without_a_download_learns_edits_and_draws_from_two_sources(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny_model
+
+    tiny_model.main(["qwen_image_21", "tiny"])
+    root = Path(__file__).parent.parent
+    example = str(root / "examples" / "tiny_model" / "recipe.yaml")
+    assert main(["run", example, f"adapter.with.path={workspace / 'tiny'}", "output=run", "--stage", "edit"]) == 0
+    pictures = [str(root / "recipes" / "prompts" / "sources" / f"{name}.png") for name in ("house", "table")]
+    sources = [word for picture in pictures for word in ("--source", picture)]
+    told = ["sample", "run", "one beside the other", "--stage", "edit", "--count", "1", "--device", "cpu"]
+    assert main([*told, *sources, "--out", "two.png"]) == 0
+    assert main([*told, *sources[2:], "--out", "last.png"]) == 0
+    with Image.open("two.png") as two, Image.open("last.png") as last:
+        assert two.width > 1.3 * last.width  # both sources beside the picture
+    capsys.readouterr()
+    assert main([*told[:-1], "gpu"]) == 2
+    assert "--device is 'gpu', which cannot be used here" in capsys.readouterr().err
+    assert main(["export", "run", "--stage", "edit", "--to", "exported"]) == 0
+
+
+def test_check_says_where_in_the_recipe_an_adapter_cannot_do_what_is_asked(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sd3
+
+    sd3.build(workspace / "drawing")
+    text = (workspace / "recipe.yaml").read_text()
+    (workspace / "empty").mkdir()
+    for old, new, place, message in [
+        ("path: model", "path: empty", "recipe.yaml:5: adapter: ", "empty is no model folder"),
+        ("use: qwen-image-21, with: {path: model", "use: sd3, with: {path: drawing", "recipe.yaml:17: stages.edit: ",
+         "(put one beside the other) has 2 source image(s), but 'sd3' only draws from text"),
+    ]:  # fmt: skip
+        assert old in text
+        (workspace / "recipe.yaml").write_text(text.replace(old, new))
+        assert main(["check", "recipe.yaml"]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert place in told
+        assert message in told
 
 
 def test_a_model_whose_weights_changed_is_trained_again(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,10 @@ def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(VelaturaError, match=r"there is no model folder .*models/qwen/x/y"):
         adapter_of("models/qwen/x/y", tmp_path).load(CPU)
+    with pytest.raises(VelaturaError, match=r"and 'qwen/x' cannot be fetched from the hub: ") as told:
+        adapter_of("qwen/x", tmp_path).load(CPU)
+    assert "\n" not in str(told.value)
+    assert ".." not in str(told.value).replace(str(tmp_path), "")
 
 
 def test_a_folder_without_its_transformer(folder: Path, tmp_path: Path) -> None:
@@ -119,13 +124,39 @@ def test_pictures_given_to_a_model_that_only_draws_from_text_and_none_given_to_o
     opened: Callable[..., Any],
 ) -> None:
     with pytest.raises(
-        VelaturaError, match=r"'e' has 1 source image\(s\), but 'sd3' only draws from text\. Take a model"
+        VelaturaError,
+        match=r"'e' \(make it blue\) has 1 source image\(s\), but 'sd3' only draws from text\. Take a model",
     ):
         opened("sd3").encode([edit(PIXELS)])
-    with pytest.raises(VelaturaError, match="'e' has 2 source images; 'flux' takes 1"):
+    with pytest.raises(VelaturaError, match=r"'e' \(make it blue\) has 2 source images; 'flux' takes 1"):
         opened("flux_kontext").encode([edit(PIXELS, PIXELS)])
-    with pytest.raises(VelaturaError, match="'p' has no source image, and 'qwen-image-edit-plus' only edits"):
+    with pytest.raises(
+        VelaturaError, match=r"'p' \(a red fox\) has no source image, and 'qwen-image-edit-plus' only edits"
+    ):
         opened("qwen_image_edit_plus").encode([PROMPT])
+
+
+def test_wrong_numbers_of_sources_are_told_before_encoders_too_large_to_be_tried_are_loaded(
+    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a published model, whose `velatura check` reads no weights."""
+    monkeypatch.setattr("velatura.plugins.adapters.footprints.TRIED_BYTES", 0)
+    monkeypatch.setattr("velatura.plugins.adapters.model_folder.ModelFolder.pipeline", lambda *_: pytest.fail("read"))
+    for name, prompt, message in [
+        ("sd3", edit(PIXELS), "'sd3' only draws from text"),
+        ("flux", edit(PIXELS), "is a FluxPipeline, which only draws from text"),
+        ("flux_kontext", edit(PIXELS, PIXELS), "'flux' takes 1"),
+        ("qwen_image_edit_plus", PROMPT, "'qwen-image-edit-plus' only edits"),
+        ("qwen_image_21", edit(), "is an edit without a source image"),
+    ]:
+        with pytest.raises(VelaturaError, match=message):
+            opened(name).footprint(prompt)
+
+
+@pytest.mark.parametrize(("family", "side"), [("sd3", 4), ("z_image", 16), ("qwen_image", 16), ("qwen_image_21", 16)])
+def test_a_picture_has_as_many_tokens_as_its_network_sees(family: str, side: int, opened: Callable[..., Any]) -> None:
+    """`side`: of a token in pixels."""
+    assert opened(family).tokens((64, 96)) == (64 // side) * (96 // side)
 
 
 def test_a_guidance_scale_for_a_guidance_distilled_model_is_refused_in_the_rollout(opened: Callable[..., Any]) -> None:
@@ -285,6 +316,11 @@ def test_a_lora_target_that_matches_nothing_is_refused(folder: Path, tmp_path: P
         VelaturaError, match=r"no linear layer called to_qq, .*Did you mean to_q\? There is: .*attn\.to_q"
     ):
         adapter_of(folder, tmp_path, lora_targets=("to_q", "to_qq")).load(CPU)
+    with pytest.raises(VelaturaError, match="found no linear layer called x,") as told:
+        adapter_of(folder, tmp_path, lora_targets=("x",)).load(CPU)
+    shown = str(told.value).rstrip(".").partition("There is: ")[2].split(", ")
+    assert all(re.search("[A-Za-z]", name) for name in shown)
+    adapter_of(folder, tmp_path, lora_targets=tuple(shown)).load(CPU)  # what is offered can be taken
 
 
 RELOAD = """

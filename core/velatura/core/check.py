@@ -15,7 +15,7 @@ from velatura.core.build import build
 from velatura.core.calibrate_checks import check_weights
 from velatura.core.cards.required import check_cards
 from velatura.core.components import Component, PolicyObjective
-from velatura.core.errors import RecipeError, VelaturaError, suggest
+from velatura.core.errors import RecipeError, located, suggest
 from velatura.core.estimate import Speed, work
 from velatura.core.folding import folded_scale, guidance_scale
 from velatura.core.learning_checks import check_distillation, check_learning, check_merged_guidance, objective_at
@@ -247,12 +247,10 @@ def _memory(plan: Any, placement: Placement, name: str) -> MemoryPlan | None:
     if stage.stage in WITHOUT_ADAPTER:
         return None
     adapter = set_up(plan, "adapter", stage.adapter)
-    try:
+    with located(plan.recipe.at(("stages", name, "adapter"))):
+        adapter.describe()
+    with located(plan.recipe.at(("stages", name))):
         return placement.plan(name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))
-    except RecipeError:
-        raise
-    except VelaturaError as error:
-        raise RecipeError(f"{plan.recipe.at(('stages', name))}: {error}") from error
 
 
 def memory_table(name: str, plan: MemoryPlan) -> Table:
@@ -326,9 +324,12 @@ def _stage_row(plan: Any, name: str, speed: Speed, memory: MemoryPlan | None) ->
     if stage.stage in WITHOUT_ADAPTER:
         return [name, stage.stage, needs, str(getattr(stage, "steps", 1)), "", "", "", ""], 0.0
     adapter = set_up(plan, "adapter", stage.adapter)
-    parts = work(plan.recipe, plan.registry, name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split))
+    with located(plan.recipe.at(("stages", name))):
+        parts = work(
+            plan.recipe, plan.registry, name, adapter, lambda ref, split: set_up(plan, "task", ref).prompts(split)
+        )
+        costs = [speed.seconds(adapter, part) for part in parts]
     steps = getattr(stage, "steps", 1)
-    costs = [speed.seconds(adapter, part) for part in parts]
     seconds = steps * sum(cost for cost in costs if cost is not None)
     forward, gradient = (sum(getattr(part.rows, kind) for part in parts) for kind in ("forward", "gradient"))
     return [

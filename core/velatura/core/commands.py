@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from velatura.core.engine.local import choose_device
 from velatura.core.errors import RecipeError, VelaturaError, suggest
 from velatura.core.pictures import grid, save_png
 from velatura.core.pipeline import Plan, plan_run, run_pipeline
@@ -22,6 +23,8 @@ from velatura.core.rollout import Sampler, rollout
 from velatura.core.seeds import derive
 from velatura.core.stages.common import WEIGHTS, StageRun, manifest_of
 from velatura.core.types import Prompt
+
+CPU = torch.device("cpu")
 
 
 def open_run(folder: Path) -> Plan:
@@ -40,11 +43,11 @@ def open_run(folder: Path) -> Plan:
     return plan_run(path, [*owner.get("overrides", []), f"output={folder}"])
 
 
-def stage_run(plan: Plan, name: str) -> StageRun:
-    """A stage of a run, to look at it: on the CPU, in this process."""
+def stage_run(plan: Plan, name: str, device: torch.device = CPU) -> StageRun:
+    """A stage of a run, to look at it in this process."""
     return StageRun(
         name=name, config=plan.recipe.stage(name), recipe=plan.recipe, registry=plan.registry,
-        folder=plan.folder / name, run_folder=plan.folder, seed=plan.recipe.seed, device=torch.device("cpu"),
+        folder=plan.folder / name, run_folder=plan.folder, seed=plan.recipe.seed, device=device,
         base=plan.base,
     )  # fmt: skip
 
@@ -113,17 +116,18 @@ def sample(
     stage: str | None = None,
     seed: int = 0,
     count: int = 4,
-    source: Path | None = None,
+    sources: Sequence[Path] = (),
     guidance: float | None = None,
+    device: str = "auto",
 ) -> Path:
-    """Draw `count` pictures for a prompt with a model of a run, into one PNG.
+    """Draw `count` pictures for a prompt with a model of a run, into one PNG, behind the `sources` of an edit.
 
     `guidance`: a scale; by default what the model was made for. Guiding a model that has guidance folded in is
     possible, and warned about.
     """
     plan = open_run(folder)
     name = _model_stage(plan, stage)
-    run = stage_run(plan, name)
+    run = stage_run(plan, name, choose_device(device, "--device"))
     adapter = run.adapter()
     policy = run.load_policy(adapter, name)
     facts: dict[str, Any] = manifest_of(plan.folder, name)["result"]
@@ -141,13 +145,13 @@ def sample(
         steps=run.config.sampling.steps if hasattr(run.config, "sampling") else 40,
         batch=count,
     )
-    sources = (_read_image(source),) if source else ()
-    prompt = Prompt(id=f"sample/{text}", text=text, task="edit" if sources else "t2i", sources=sources)
+    pictures = tuple(map(_read_image, sources))
+    prompt = Prompt(id=f"sample/{text}", text=text, task="edit" if pictures else "t2i", sources=pictures)
     seeds = [[seed if j == 0 else derive(seed, "sample", j) for j in range(count)]]
     with policy.wearing(CURRENT) as net:
         images = [s.image for chunk in rollout(net, sampler, [prompt], seeds) for s in chunk.samples]
     side = images[0].shape[-1]
-    save_png(out, grid([[*sources, *images]], scale=max(1, math.ceil(192 / side))))
+    save_png(out, grid([[*pictures, *images]], scale=max(1, math.ceil(192 / side))))
     return out
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -72,6 +73,17 @@ def prefixed(at: str, message: str) -> str:
     'rewards.1: no such thing'
     """
     return f"{at}: {message}" if at else message
+
+
+@contextmanager
+def located(at: str) -> Iterator[None]:
+    """Errors of components, which do not know where in the recipe they stand, become errors there."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except VelaturaError as error:
+        raise RecipeError(prefixed(at, str(error))) from error
 
 
 def cause(error: BaseException) -> str:

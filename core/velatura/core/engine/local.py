@@ -146,8 +146,8 @@ def _master(weight: nn.Parameter) -> nn.Parameter:
     return master
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of this process; `auto` is CUDA where there is one.
+def choose_device(name: str, asked: str = "engine.device") -> torch.device:
+    """The device of this process; `auto` is CUDA where there is one. `asked`: what gave the name, for messages.
 
     Raises:
         VelaturaError: there is no such device here.
@@ -155,14 +155,14 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise VelaturaError(f"engine.device is {name!r}, but torch sees no CUDA device. Use 'auto' or 'cpu'.")
+        raise VelaturaError(f"{asked} is {name!r}, but torch sees no CUDA device. Use 'auto' or 'cpu'.")
     try:
         device = torch.device(name)
         torch.empty(0, device="meta" if device.type == "cuda" else device)
     except (RuntimeError, AssertionError) as error:  # no such name; or torch is not compiled for it
         reason = str(error).split("\n")[0].rstrip(".")
         raise VelaturaError(
-            f"engine.device is {name!r}, which cannot be used here: {reason}. Use 'auto', 'cpu', 'cuda' or 'cuda:N'."
+            f"{asked} is {name!r}, which cannot be used here: {reason}. Use 'auto', 'cpu', 'cuda' or 'cuda:N'."
         ) from error
     return device
 

@@ -33,6 +33,7 @@ from velatura.plugins.adapters.model_folder import ModelFolder, open_folder
 from velatura.plugins.adapters.pipeline_export import write_pipeline
 from velatura.plugins.adapters.running import compile_blocks, set_attention
 from velatura.plugins.adapters.sizes import Buckets, Size, buckets_of, drawable, nearest, shape_of, sides, stretched
+from velatura.plugins.adapters.sources import called, check_count
 from velatura.plugins.adapters.times import shift_of
 from velatura.plugins.adapters.visit import Visit
 
@@ -195,9 +196,10 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         return sigmas
 
     def tokens(self, size: Size) -> int:
-        """Image tokens of a picture, on which the shift of its time grid depends."""
+        """Image tokens of a picture, on which the shift of its time grid depends: N of a packed x [B N C]; of another
+        one a token per `multiple` x `multiple` pixels."""
         packed = self.pack(torch.empty(1, *self.latent_shape(size)), size)
-        return math.prod(packed.shape[1:-1])
+        return packed.shape[1] if packed.ndim == 3 else math.prod(side // self.multiple for side in size)
 
     def set_times(self, scheduler: Any, steps: int, tokens: int) -> None:
         """Linearly spaced sigmas, shifted as the scheduler's configuration says for a picture of `tokens` tokens."""
@@ -308,7 +310,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         if self._buckets:
             return nearest(self._buckets, shape)
         if prompt.size is not None:
-            return drawable(prompt.size, multiple, f"Prompt {prompt.id!r} asks for", self.name)
+            return drawable(prompt.size, multiple, f"{called(prompt)} asks for", self.name)
         width, height = sides(configured[0] * configured[1], shape[1] / shape[0])
         return max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple)
 
@@ -341,7 +343,7 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         if len(layouts) > 1:
             raise VelaturaError(f"'{self.name}' takes batches of one layout; these prompts have {len(layouts)}.")
         for prompt in prompts:
-            self._check_sources(prompt)
+            self.check_sources(prompt)
         with torch.no_grad(), self.staying():
             rows = [self.cached_row(self.bucketed(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
         return self.collate(layouts.pop(), rows)
@@ -350,17 +352,13 @@ class DiffusersAdapter(ModelAdapter[O], Generic[O]):
         """Height and width of the picture, then those of its sources."""
         return (self.size(prompt), *(self._source_shape(source) for source in prompt.sources))
 
-    def _check_sources(self, prompt: Prompt) -> None:
-        found = len(prompt.sources)
-        if prompt.task == "edit" and not found:
-            raise VelaturaError(f"Prompt {prompt.id!r} is an edit without a source image. Give it one in `sources`.")
-        if found and self.sources == 0:
-            raise VelaturaError(
-                f"Prompt {prompt.id!r} has {found} source image(s), but '{self.name}' only draws from text. Take a "
-                f"model that edits, such as 'qwen-image-21', or leave `sources` out."
-            )
-        if self.sources is not None and found > self.sources:
-            raise VelaturaError(f"Prompt {prompt.id!r} has {found} source images; '{self.name}' takes {self.sources}.")
+    def check_sources(self, prompt: Prompt) -> None:
+        """Asked before a prompt is encoded, and by `velatura check`.
+
+        Raises:
+            VelaturaError: it has more source images than the family takes, or too few.
+        """
+        check_count(prompt, self.name, self.sources)
 
     def cached_row(self, prompt: Prompt, text: str) -> Row:
         """`row`, from the disk where it is there; `text` stands in for the prompt's own."""

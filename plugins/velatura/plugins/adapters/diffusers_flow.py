@@ -130,7 +130,7 @@ class DiffusersFlow(DiffusersAdapter[DiffusersFlowOptions]):
         """The negative prompt as the stock pipeline encodes it; one stored row serves all prompts."""
         self.check_guided()
         for prompt in prompts:
-            self._check_sources(prompt)
+            self.check_sources(prompt)
         one = self._rows(prompts[:1], [UNCONDITIONAL + self.options.negative_prompt])
         return cast("RowsConditioning", one).expand(len(prompts))
 
@@ -337,7 +337,7 @@ class DiffusersFlow(DiffusersAdapter[DiffusersFlowOptions]):
                 raise VelaturaError(f"`{name}` is set by '{self.name}' itself: leave it out of `arguments`.")
             if name not in self._call_parameters:
                 raise VelaturaError(
-                    f"{self.folder.pipeline_class} has no argument {name!r}. {suggest(name, [*self._call_parameters])}"
+                    f"{self.folder.pipeline_class} has no argument {name!r}.{suggest(name, [*self._call_parameters])}"
                 )
 
     def _depends(self) -> dict[str, Any]:

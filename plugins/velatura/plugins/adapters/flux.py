@@ -16,6 +16,7 @@ from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, Diffusers
 from velatura.plugins.adapters.lora import unwrap
 from velatura.plugins.adapters.pictures import from_signed, to_pil, to_signed
 from velatura.plugins.adapters.sizes import Size
+from velatura.plugins.adapters.sources import called
 
 KONTEXT = "FluxKontextPipeline"
 """The pipeline class that edits."""
@@ -128,14 +129,19 @@ class Flux(DiffusersAdapter[FluxOptions]):
         with torch.no_grad(), self.on_device("vae"):
             return self._encode(to_signed(images)).float()
 
-    def _check_sources(self, prompt: Prompt) -> None:
+    def check_sources(self, prompt: Prompt) -> None:
+        """Only Kontext edits.
+
+        Raises:
+            VelaturaError: another model is given a source image, or Kontext more than one.
+        """
         if prompt.sources and self.folder.pipeline_class != KONTEXT:
             raise VelaturaError(
-                f"Prompt {prompt.id!r} has {len(prompt.sources)} source image(s), but {self.folder.path} is a "
+                f"{called(prompt)} has {len(prompt.sources)} source image(s), but {self.folder.path} is a "
                 f"{self.folder.pipeline_class}, which only draws from text. Take a Kontext model ({KONTEXT}), or leave "
                 "`sources` out."
             )
-        super()._check_sources(prompt)
+        super().check_sources(prompt)
 
     @cached_property
     def _scale(self) -> int:

@@ -21,6 +21,9 @@ def footprint_of(adapter: DiffusersAdapter[Any], prompt: Prompt) -> Footprint | 
     """Encoders that are small are tried; with large ones a prompt's row has the shapes of its family's rows. None for a
     family whose rows are not known."""
     frozen = adapter.folder.frozen_bytes(adapter.dtype)
+    adapter.check_sources(prompt)
+    if adapter.name not in FAMILIES:
+        return None
     small = bool(frozen) and sum(frozen.values()) < TRIED_BYTES
     seen = adapter.bucketed(prompt)
     with torch.no_grad():
@@ -28,8 +31,6 @@ def footprint_of(adapter: DiffusersAdapter[Any], prompt: Prompt) -> Footprint | 
             adapter.cached_row(seen, text) if small else blank_row(adapter, seen, text)
             for text in (prompt.text, adapter.options.negative_prompt)
         )
-    if adapter.name not in FAMILIES or told is None or untold is None:
-        return None
     with torch.device("meta"):
         net = adapter.equipped(adapter.folder.blank("transformer", adapter.dtype))
     layout = adapter.layout(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, cast
@@ -15,6 +16,9 @@ LORA_NAME = "policy"
 """The peft name of the adapter that `add_lora` attaches."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """What is trained unless something else is named."""
+
+BLOCK = re.compile(r"^\w+\.\d+\.(?=.*[A-Za-z])")
+"""What begins the name of a layer in a repeated block, like `transformer_blocks.3.`: the same in all of them."""
 
 
 def unwrap(net: nn.Module) -> Any:
@@ -40,7 +44,7 @@ def add_lora(
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            layers = sorted({name.split(".", 2)[-1] for name in names})
+            layers = sorted({BLOCK.sub("", name) for name in names})
             near = get_close_matches(target, {layer.split(".", n)[-1] for layer in layers for n in range(3)}, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise VelaturaError(

@@ -232,9 +232,14 @@ def _fetch(given: str, revision: str | None, local: Path) -> Path:
         raise VelaturaError(f"there is no model folder {local}. Paths start at the folder of the recipe.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise VelaturaError(
-            f"there is no model folder {local}, and {given!r} cannot be fetched from the hub: {error}. Check the name, "
-            "log in with `hf auth login` if the model is gated, or give the path of a folder."
+            f"there is no model folder {local}, and {given!r} cannot be fetched from the hub: {_said(error)}. Check "
+            "the name, log in with `hf auth login` if the model is gated, or give the path of a folder."
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """What the hub's client says, on one line and without a full stop."""
+    return " ".join(str(error).split()).rstrip(". ")
 
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {

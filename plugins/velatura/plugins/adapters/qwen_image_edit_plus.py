@@ -15,6 +15,7 @@ from velatura.plugins.adapters.diffusers_base import DiffusersOptions
 from velatura.plugins.adapters.pictures import to_pil
 from velatura.plugins.adapters.qwen_image import QwenImageLatents, encode, grid, token_velocity
 from velatura.plugins.adapters.sizes import Size, shape_of, sides
+from velatura.plugins.adapters.sources import called
 
 
 class QwenImageEditPlusOptions(DiffusersOptions):
@@ -45,20 +46,23 @@ class QwenImageEditPlus(QwenImageLatents[QwenImageEditPlusOptions]):
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "processor")
 
     def row(self, prompt: Prompt, text: str, size: Size) -> Row:
-        """The last hidden states [L D] of the text encoder, which sees the sources, and the sources' tokens.
+        """The last hidden states [L D] of the text encoder, which sees the sources, and the sources' tokens."""
+        with self.on_device("text_encoder", "vae"):
+            seen = [self._resized(source, self.options.encoder_area) for source in prompt.sources]
+            embeds, _ = self.pipe.encode_prompt(text, image=seen, device=self.device)
+            return {"text": embeds[0], "sources": torch.cat([self._tokens(source) for source in prompt.sources])}
+
+    def check_sources(self, prompt: Prompt) -> None:
+        """There is nothing but edits.
 
         Raises:
             VelaturaError: the prompt has no source image.
         """
         if not prompt.sources:
             raise VelaturaError(
-                f"Prompt {prompt.id!r} has no source image, and '{self.name}' only edits. Give it one in `sources`, or "
+                f"{called(prompt)} has no source image, and '{self.name}' only edits. Give it one in `sources`, or "
                 "take a model that draws from text, such as 'qwen-image'."
             )
-        with self.on_device("text_encoder", "vae"):
-            seen = [self._resized(source, self.options.encoder_area) for source in prompt.sources]
-            embeds, _ = self.pipe.encode_prompt(text, image=seen, device=self.device)
-            return {"text": embeds[0], "sources": torch.cat([self._tokens(source) for source in prompt.sources])}
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
         """dx/dt [N h*w 4C] at x [N h*w 4C], t [N]."""

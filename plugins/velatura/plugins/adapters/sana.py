@@ -49,7 +49,7 @@ class Sana(DiffusersAdapter[SanaOptions]):
     def null(self, prompts: Sequence[Prompt]) -> Conditioning:
         """The negative prompt without the instruction; one stored row serves all prompts."""
         for prompt in prompts:
-            self._check_sources(prompt)
+            self.check_sources(prompt)
         one = self._rows(prompts[:1], [UNCONDITIONAL + self.options.negative_prompt])
         return cast("RowsConditioning", one).expand(len(prompts))
 

@@ -16,6 +16,7 @@ from velatura.plugins.adapters.diffusers_base import DiffusersAdapter, Diffusers
 from velatura.plugins.adapters.lora import unwrap
 from velatura.plugins.adapters.pictures import from_signed, to_signed
 from velatura.plugins.adapters.sizes import Size
+from velatura.plugins.adapters.times import shift_of
 
 
 class SD3Options(DiffusersOptions):
@@ -83,19 +84,10 @@ class SD3(DiffusersAdapter[SD3Options]):
             )
         return size
 
-    def times(self, steps: int, prompt: Prompt | None = None) -> Tensor:
-        """The scheduler's own sigmas [steps + 1], 1 down to 0; shifted by the picture's size where it says so."""
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-        height, width = self.size_of(prompt)
-        scheduler = self.folder.scheduler()
-        shift: dict[str, float] = {}
-        if scheduler.config.use_dynamic_shifting:
-            limits = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            tokens = height * width // self.multiple**2
-            shift["mu"] = calculate_shift(tokens, *(scheduler.config[limit] for limit in limits))
-        scheduler.set_timesteps(steps, **shift)
-        return cast("Tensor", scheduler.sigmas.float().cpu())
+    def set_times(self, scheduler: Any, steps: int, tokens: int) -> None:
+        """The scheduler's own spacing; shifted by the picture's size where its configuration says so."""
+        dynamic = scheduler.config.use_dynamic_shifting
+        scheduler.set_timesteps(steps, **({"mu": shift_of(scheduler.config, tokens)} if dynamic else {}))
 
     def decode(self, x: Tensor, prompt: Prompt | None = None) -> Tensor:
         """Latents [B C h w] to images [B 3 H W]."""

@@ -91,10 +91,6 @@ class ZImage(DiffusersAdapter[ZImageOptions]):
         per_side = self.multiple // 2
         return (int(self.folder.config("transformer")["in_channels"]), size[0] // per_side, size[1] // per_side)
 
-    def tokens(self, size: Size) -> int:
-        """A token per 2 x 2 latent pixels."""
-        return (size[0] // self.multiple) * (size[1] // self.multiple)
-
     def set_times(self, scheduler: Any, steps: int, tokens: int) -> None:
         """Linearly spaced sigmas, shifted as configured; spaced by torch in fp32, as NumPy differs in the last bit."""
         even = torch.linspace(1.0, 1 / steps, steps).tolist()
