@@ -64,7 +64,9 @@ def test_parts_become_one_score(combine: str, expected: float, serve: Make, part
     assert "alignment:" in made.notes[0] and "aesthetics:" in made.notes[0]
 
 
-@pytest.mark.parametrize(("said", "known"), [({}, None), ({"prompt_tokens": 9, "completion_tokens": 2}, Usage(prompt=18, completion=4))])
+@pytest.mark.parametrize(
+    ("said", "known"), [({}, None), ({"prompt_tokens": 9, "completion_tokens": 2}, Usage(prompt=18, completion=4))]
+)
 def test_tokens_are_those_of_all_parts_or_not_known(
     said: dict[str, int], known: Usage | None, serve: Make, parts: Make, pictures: Make
 ) -> None:
