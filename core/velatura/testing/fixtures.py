@@ -50,7 +50,7 @@ def empty_registry() -> Registry:
 def toy_adapter(tmp_path: Path) -> ModelAdapter[Any]:
     """The adapter of the embedded world with a tiny untrained network, set up on the CPU; `load` gives the network.
 
-    It draws pictures of 24 x 24 and knows the words of that world: `Prompt(id="p", text="a red circle on white", task="t2i")`.
+    It draws pictures of 24 x 24 and knows the words of that world: "a red circle on white".
     """
     import torch
 
