@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SEEN = ("index", "tutorial", "recipes", "errors", "contracts", "explanation", "project/index")
+SEEN = ("index", "tutorial", "recipes", "errors", "contracts", "explanation", "ablations", "rewards", "project/index")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
@@ -25,7 +25,8 @@ FLAGS = (
 )  # fmt: skip
 MEASURE = """<!doctype html><body style="margin:0">{frames}<pre id="out"></pre><script>
 const inside = e => e.closest("pre, table, .md-typeset__scrollwrap, " +
-  ".md-search, .md-sidebar, .md-tabs, .md-header, .md-top, svg, .highlight");
+  ".md-search, .md-sidebar, .md-tabs, .md-header, .md-top, svg, .highlight") ||
+  getComputedStyle(e.parentElement).overflowX === "auto";
 function measured(frame) {{
   const page = frame.contentDocument, heading = page.querySelector("h1");
   return {{
