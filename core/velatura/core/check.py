@@ -41,7 +41,7 @@ def check_combinations(recipe: Recipe, registry: Registry) -> list[str]:
     Raises:
         RecipeError: with the nearest valid choice.
     """
-    warnings: list[str] = []
+    warnings = _check_compile(recipe)
     categories = Categories(recipe, registry)
     for name in recipe.order():
         stage = recipe.stage(name)
@@ -78,6 +78,21 @@ def _check_optimizer(recipe: Recipe, name: str, stage: Any) -> None:
             f"{recipe.at(('stages', name, 'optimizer', 'kind'))}: muon needs whole matrices, and DeepSpeed's ZeRO "
             f"deals them out in pieces. Set engine.kind to 'local', or take 'adamw'."
         )
+
+
+def _check_compile(recipe: Recipe) -> list[str]:
+    """Compiled blocks and weights that come layer by layer: the results are right, and hardly anything is faster."""
+    if recipe.engine.kind != "deepspeed" or recipe.engine.zero_stage < 3:
+        return []
+    for name in recipe.order():
+        adapter = getattr(recipe.stage(name), "adapter", None)
+        if adapter is not None and adapter.with_.get("compile"):
+            return [
+                f"{recipe.at(('stages', name, 'adapter', 'with', 'compile'))}: compiling takes minutes and "
+                f"hardly helps with engine.zero_stage 3: DeepSpeed fetches weights between any two layers, so torch "
+                f"compiles crumbs, up to its limit. Leave compile out, or use zero_stage 2."
+            ]
+    return []
 
 
 def _check_rl(recipe: Recipe, registry: Registry, name: str, stage: Any) -> None:
