@@ -22,10 +22,9 @@ LETTERS, TEMPLATE = 4, 16
 """Letters that make a token, about, and tokens that a template adds: the length of a prompt that is not tokenized."""
 
 
-def blank_row(adapter: DiffusersAdapter[Any], prompt: Prompt, text: str) -> Row | None:
-    """The row of `prompt`, zero; None for a family that is not known here."""
-    shape = FAMILIES.get(adapter.name)
-    return None if shape is None else shape(adapter, prompt, len(text) // LETTERS + TEMPLATE)
+def blank_row(adapter: DiffusersAdapter[Any], prompt: Prompt, text: str) -> Row:
+    """The row of `prompt`, zero, in one of `FAMILIES`."""
+    return FAMILIES[adapter.name](adapter, prompt, len(text) // LETTERS + TEMPLATE)
 
 
 def _zeros(adapter: DiffusersAdapter[Any], *shape: int) -> Tensor:
