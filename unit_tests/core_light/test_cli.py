@@ -173,7 +173,7 @@ def test_plugins_show_of_something_unknown(write: Write, capsys: Capture) -> Non
     err = capsys.readouterr().err
     assert err == "velatura: no component is called 'hgih-noise'. Did you mean 'high-noise'?\n"
     assert main(["plugins", "show", "sad/mine", "--file", write("import nowhere_x\n", "sad.py")]) == 2
-    assert "does not import: ModuleNotFoundError" in capsys.readouterr().err
+    assert "does not import, line 1: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_the_schema_is_printed_as_json(capsys: Capture) -> None:
