@@ -175,7 +175,7 @@ def test_a_missing_extra_is_one_message_with_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(VelaturaError) as caught:
         ready(tmp_path)
-    command = 'pip install "rapidocr>=3.10,<3.11" "onnxruntime>=1.20,<2"'
+    command = 'pip install "rapidocr==3.10.0" "onnxruntime>=1.20,<2"'
     assert str(caught.value) == f"'ocr' needs rapidocr and onnxruntime. Install it: {command}"
 
 

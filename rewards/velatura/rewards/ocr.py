@@ -18,7 +18,7 @@ from velatura.rewards.dual_encoder import to_bytes
 from velatura.rewards.measured import Measured, measured
 from velatura.rewards.wording import compare, listed, plain, quoted
 
-PACKAGES = ("rapidocr>=3.10,<3.11", "onnxruntime>=1.20,<2")
+PACKAGES = ("rapidocr==3.10.0", "onnxruntime>=1.20,<2")
 """What the extra `ocr` installs."""
 INSTALL = "pip install " + " ".join(f'"{package}"' for package in PACKAGES)
 WEIGHTS: Mapping[str, tuple[str, str]] = {
