@@ -104,7 +104,9 @@ def under_torchrun(folder: Path, under_deepspeed: object) -> list[Endings]:
     first = agents(folder)
     wait_for(folder / "runs" / "kill" / "teacher" / "checkpoints" / "step-000002", first)
     os.kill(worker_of(first[0]), signal.SIGKILL)
-    return [endings(first), endings(agents(folder))]
+    lost = endings(first)
+    shutil.copy(folder / "runs" / "kill" / "teacher" / "manifest.json", folder / "lost.json")
+    return [lost, endings(agents(folder))]
 
 
 def test_deepspeeds_own_command_starts_a_run(folder: Path, under_deepspeed: tuple[int, str, str]) -> None:
@@ -118,11 +120,14 @@ def test_deepspeeds_own_command_starts_a_run(folder: Path, under_deepspeed: tupl
     assert [path.name for path in (run / "logs").iterdir()] == ["process-1.log"]
 
 
-def test_a_lost_process_ends_both_machines_and_is_named(under_torchrun: list[Endings]) -> None:
+def test_a_lost_process_ends_both_machines_and_is_named(folder: Path, under_torchrun: list[Endings]) -> None:
+    """Also in the run folder, by a process that is not the first."""
     (first, second), _ = under_torchrun
     assert first[0] != 0 and second[0] != 0
     told = [line for line in (first[2] + second[2]).splitlines() if line.startswith("velatura: ")]
     assert len(told) == 1 and told[0].startswith("velatura: process 0 on ")
+    manifest = json.loads((folder / "lost.json").read_text())
+    assert (manifest["status"], f"velatura: {manifest['error']}") == ("interrupted", told[0])
 
 
 def test_the_same_commands_go_on(folder: Path, under_torchrun: list[Endings]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def run_pipeline(
     """
     from velatura.core.check import check_combinations
 
-    plan = plan_run(recipe_path, overrides)
+    plan, since = plan_run(recipe_path, overrides), time.time()
     for warning in check_combinations(plan.recipe, plan.registry):
         logger.warning(warning)
     ranks = join(plan.recipe.engine.device, plan.recipe.engine.timeout)
@@ -111,7 +112,7 @@ def run_pipeline(
             _put_aside(plan.folder, [name for name in order if (plan.folder / name).exists()])
 
     logs = plan.folder / "logs"
-    with watched(ranks, plan.recipe.engine.timeout, logs):
+    with watched(ranks, plan.recipe.engine.timeout, logs, partial(close_cut_off, plan.folder, since)):
         ranks.from_first(begin)
         if not ranks.first:
             logger.add(logs / f"process-{ranks.rank}.log", level="DEBUG")

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -35,7 +35,9 @@ ENDED = 2
 """Exit status of a process that ends because of another."""
 CAUSE, SAID, BEAT, SUSPECT, READ = "cause", "said", "beat", "suspect", "read"
 """What is in the store."""
-VERBS = ("has been ", "has not ", "and all ", "cannot be ", "failed: ")
+FAILED = "failed: "
+"""How the message of a process begins that met an error nobody expected, which it has kept itself."""
+VERBS = ("has been ", "has not ", "and all ", "cannot be ", FAILED)
 """How messages begin that say what a process did; others are its own."""
 COLLECTIVES = str(Path("torch", "distributed", "distributed_c10d.py"))
 """Where torch waits for other processes."""
@@ -102,10 +104,12 @@ def standing(heard: Sequence[Heard], patience: float) -> tuple[int, str] | None:
 class Watch:
     """The watch of one process, a thread of its own, so that it goes on while the process waits inside a library."""
 
-    def __init__(self, ranks: Ranks, store: Any, patience: float, logs: Path) -> None:
+    def __init__(
+        self, ranks: Ranks, store: Any, patience: float, logs: Path, keep: Callable[[str], object] | None = None
+    ) -> None:
         """`store`: a torch store of this watch's own. `patience`: seconds without a sign of life. `logs`: folder of the
-        processes' logs."""
-        self.ranks, self.store, self.patience, self.logs = ranks, store, patience, logs
+        processes' logs. `keep`: is given what is said of a process that could not say it itself."""
+        self.ranks, self.store, self.patience, self.logs, self.keep = ranks, store, patience, logs, keep
         self.period = min(PERIOD, patience / 10)
         self._heard: list[tuple[Beat | None, float]] = [(None, time.monotonic())] * ranks.size
         self._stop, self._lock, self._told = threading.Event(), threading.Lock(), False
@@ -138,7 +142,7 @@ class Watch:
             time.sleep(2 * SOON * self.period)  # the watch ends this process where it finds out who is gone
         self._stop.set()
         known = isinstance(error, VelaturaError)
-        message = str(error) if known else f"failed: {type(error).__name__}: {error}"
+        message = str(error) if known else f"{FAILED}{type(error).__name__}: {error}"
         found = self._publish(self.ranks.rank, message, machine=socket.gethostname())
         if self.ranks.first:
             atexit.register(self._linger)
@@ -251,6 +255,10 @@ class Watch:
         print(f"{shown}velatura: {message}", file=sys.stderr, flush=True)
         with suppress(RuntimeError):
             self.store.set(SAID, "1")
+        if self.keep is not None and cause["message"].startswith(VERBS) and not cause["message"].startswith(FAILED):
+            writing = threading.Thread(target=self.keep, args=(message,), daemon=True)
+            writing.start()
+            writing.join(SOON * self.period)  # a file system that hangs may be the cause
 
     def _is_said(self) -> bool:
         """Whether the cause has been said, waited for a while."""
@@ -310,8 +318,9 @@ def _is_of_a_connection(error: BaseException) -> bool:
 
 
 @contextmanager
-def watched(ranks: Ranks, patience: float, logs: Path) -> Iterator[None]:
-    """Watch over the processes, and let them watch over this one."""
+def watched(ranks: Ranks, patience: float, logs: Path, keep: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Watch over the processes, and let them watch over this one; `keep` is given what is said of one that is gone or
+    stands still."""
     if ranks.size == 1:
         yield
         return
@@ -321,7 +330,7 @@ def watched(ranks: Ranks, patience: float, logs: Path) -> Iterator[None]:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
         timeout=timedelta(seconds=max(1.0, patience)),
     )  # fmt: skip
-    watch = Watch(ranks, PrefixStore("velatura-watch", store), patience, logs)
+    watch = Watch(ranks, PrefixStore("velatura-watch", store), patience, logs, keep)
     watch.start()
     try:
         yield
