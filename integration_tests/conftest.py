@@ -1,17 +1,26 @@
-"""Runs of the tiny recipe, each done once a session by the real command."""
+"""Runs of the tiny recipe, each done once a session, and two ways to start `velatura`.
+
+A process of its own takes seconds to import what it needs, most of the time of a small run. So tests of what a run does
+fork one that has imported it; the console script starts where launching itself is what is tested.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
+
+from velatura.core.stages import showcase
 
 COMMAND = Path(sys.executable).with_name("velatura")
 TINY = Path(__file__).with_name("recipes") / "tiny.yaml"
@@ -19,36 +28,66 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
-def velatura() -> Run:
-    """The `velatura` command as a process; it has to succeed unless `status` says otherwise."""
+@pytest.fixture(autouse=True, scope="module")
+def few_pictures() -> Iterator[None]:
+    """Two pictures of a prompt in the grids that show how a model changes: most of a tiny run would draw them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(showcase, "SEEDS", 2)
+        yield
 
-    def run(*arguments: object, cwd: Path, status: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture(scope="session")
+def console_script() -> Run:
+    """The `velatura` command as it is installed; it has to succeed unless `status` says otherwise."""
+
+    def run(*arguments: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
         command = [str(COMMAND), *map(str, arguments)]
-        done = subprocess.run(  # type: ignore[call-overload]
-            command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False, **options
+        done = subprocess.run(
+            command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False
         )
-        assert done.returncode == status, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        return ended(done, status)
 
     return run
 
 
-@pytest.fixture(scope="session")
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """The `velatura` command, left running."""
+def ended(done: subprocess.CompletedProcess[str], status: int) -> subprocess.CompletedProcess[str]:
+    assert done.returncode == status, f"{done.args} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
 
-    def run(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-        command = [str(COMMAND), *map(str, arguments)]
-        return subprocess.Popen(
-            command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
-        )
+
+@pytest.fixture(scope="session")
+def velatura(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The `velatura` command in a process that has everything imported already, or in `processes` of them without a
+    launcher; it has to succeed unless `status` says otherwise."""
+    folder, numbers = tmp_path_factory.mktemp("said"), itertools.count()
+
+    def run(
+        *arguments: object, cwd: Path, status: int = 0, processes: int = 1,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        number = next(numbers)
+        out, err = folder / f"{number}.out", folder / f"{number}.err"
+        pids = forks.start_all(*arguments, cwd=cwd, says=out, errors=err, environment=environment, processes=processes)
+        statuses = set(forks.wait(*pids, seconds=900))
+        said = subprocess.CompletedProcess(arguments, statuses.pop(), out.read_text(), err.read_text())
+        assert not statuses, f"{arguments}: the processes ended in different ways\n{said.stdout}\n{said.stderr}"
+        return ended(said, status)
 
     return run
 
 
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+Original = tuple[Path, subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory, velatura: Run) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def original(tmp_path_factory: pytest.TempPathFactory, velatura: Run) -> Original:
     """A folder with the recipe and its finished run (plain torch), which no test may change; and what was printed."""
     folder = tmp_path_factory.mktemp("original")
     shutil.copy(TINY, folder / "tiny.yaml")
@@ -97,21 +136,30 @@ class Forks:
 
     def start(
         self, *argv: object, cwd: Path, faults: Sequence[Mapping[str, Any]] = (),
-        rank: tuple[int, int, int] | None = None, says: str = "says.txt",
+        rank: tuple[int, int, int] | None = None, says: str | Path = "says.txt", errors: str | Path | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> int:  # fmt: skip
-        """Begin `velatura ARGV`, or `stage RECIPE NAME`; the id of its process. `rank`: number, size, port."""
-        environment = {}
+        """Begin `velatura ARGV`, `stage RECIPE NAME` or `script FILE ...`; the id of its process. `rank`: number, size,
+        port. `says`, `errors`: files for stdout and stderr, one for both where there is no other."""
+        variables: dict[str, object] = dict(environment)
         if rank is not None:
             number, size, port = rank
-            environment = {
+            variables |= {
                 "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
         order = {
             "do": "fork", "argv": [str(a) for a in argv], "cwd": str(cwd), "says": str(cwd / says),
-            "environment": {name: str(value) for name, value in environment.items()}, "faults": list(faults),
+            "errors": str(cwd / (errors or says)), "faults": list(faults),
+            "environment": {name: str(value) for name, value in variables.items()},
         }  # fmt: skip
         return int(self._ask(order)["pid"])
+
+    def start_all(self, *argv: object, cwd: Path, processes: int, **options: Any) -> list[int]:
+        """Begin it in `processes` that share the work, as a launcher does."""
+        port = free_port()
+        ranks = [(number, processes, port) if processes > 1 else None for number in range(processes)]
+        return [self.start(*argv, cwd=cwd, rank=rank, **options) for rank in ranks]
 
     def wait(self, *pids: int, seconds: float = 240) -> list[int | None]:
         """Exit statuses, negative for a signal, None for what still runs after `seconds`."""

@@ -1,4 +1,4 @@
-"""Run by torchrun: trains on this rank's share with each ZeRO stage and leaves what `test_engines` compares.
+"""One of two ranks: trains on this rank's share with each ZeRO stage and leaves what `test_engines` compares.
 
 Usage: engine_worker.py FOLDER, which holds a checkpoint of LocalEngine after one update.
 """

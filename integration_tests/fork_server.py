@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import gc
 import importlib
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -27,6 +29,7 @@ PRELOADED = (
     "velatura.core.engine.local", "velatura.core.engine.deepspeed", "velatura.core.allocator", "velatura.core.replay",
     "velatura.rewards", "velatura.schedulers", "velatura.plugins", "velatura.plugins.adapters.tinyworld",
     "velatura.plugins.observers", "torch.distributed.rendezvous", "deepspeed", "pyarrow.compute", "pyarrow.dataset",
+    "scipy.optimize", "scipy.stats", "torch.utils.tensorboard",
 )  # fmt: skip
 
 
@@ -51,12 +54,15 @@ def preload() -> None:
     adapter: Any = registry.get("adapter", "tinyworld")
     small = {"weights": None, "width": 32, "heads": 2, "layers": 1}
     adapter(adapter.options_class.model_validate(small)).load(torch.device("cpu"))
+    gc.collect()
+    gc.freeze()  # else the first collection of every fork visits, and thereby copies, all that was imported
 
 
 def fork(
-    argv: Sequence[str], cwd: str, says: str, environment: Mapping[str, str], faults: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Do `velatura ARGV` in a new process, which says everything into the file `says`."""
+    argv: Sequence[str], cwd: str, says: str, errors: str, environment: Mapping[str, str],
+    faults: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Do `velatura ARGV` in a new process, whose stdout goes to the file `says` and whose stderr to `errors`."""
     pid = os.fork()
     if pid:
         return {"pid": pid}
@@ -67,13 +73,14 @@ def fork(
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.chdir(cwd)
         os.environ.update(environment)
-        log = os.open(says, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for number, path in ((1, says), (2, errors)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         for fault in faults:
             arm(**fault)
         status = do(argv)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else stop.code is not None
     except BaseException:
         traceback.print_exc()
     finally:
@@ -85,10 +92,18 @@ def fork(
 
 
 def do(argv: Sequence[str]) -> int:
-    """The command; `stage RECIPE NAME` does a stage and makes no report."""
+    """The command; `stage RECIPE NAME` does a stage and makes no report, `script FILE ...` runs a file of Python."""
+    from velatura.core import watch
     from velatura.core.cli import program
+    from velatura.core.stages import showcase
 
-    program.FAREWELL = 1.0
+    program.FAREWELL, watch.PERIOD = 1.0, 1.0  # what processes wait for each other on one machine
+    showcase.SEEDS = 2
+    if argv[0] == "script":
+        sys.argv = list(argv[1:])
+        sys.path.insert(0, str(Path(argv[1]).parent))
+        runpy.run_path(argv[1], run_name="__main__")
+        return 0
     if argv[0] != "stage":
         return program.main(list(argv), launched=True)
     from velatura.core.errors import VelaturaError

@@ -1,4 +1,4 @@
-"""Run by torchrun: takes updates on this rank and leaves, beside what was estimated, the bytes that were counted.
+"""One of two ranks: takes updates on this rank and leaves, beside what was estimated, the bytes that were counted.
 
 Usage: memory_worker.py FOLDER. Rank r writes FOLDER/rank-r.json: case -> quantity -> [estimate, counted].
 """

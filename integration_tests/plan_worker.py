@@ -1,20 +1,18 @@
-"""Two processes that make an engine and its roles as a stage does, count what is there, and ask the plan of `check`.
+"""Each of two processes makes an engine and its roles as a stage does, counts what is there, and asks the plan of
+`check`.
 
-python plan_worker.py RECIPE FOLDER STAGE ...: each process writes FOLDER/RANK.json, ZeRO stage -> part -> [bytes that
+plan_worker.py RECIPE FOLDER STAGE ...: each process writes FOLDER/RANK.json, ZeRO stage -> part -> [bytes that
 the plan says, bytes found].
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  before the fork, as it takes seconds
 import torch
 from torch import Tensor
 
@@ -79,25 +77,12 @@ def compared(recipe: Path, zero: int) -> dict[str, tuple[int, int]]:
 
 
 def main() -> None:
-    """Fork both processes and wait for them."""
+    """This process's part."""
     recipe, folder, stages = Path(sys.argv[1]), Path(sys.argv[2]), [int(stage) for stage in sys.argv[3:]]
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    started = []
-    for rank in (0, 1):
-        pid = os.fork()
-        if pid:
-            started.append(pid)
-            continue
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": str(port)}  # fmt: skip
-        torch.set_num_threads(1)
-        join("cpu", 120.0)
-        (folder / f"{rank}.json").write_text(json.dumps({zero: compared(recipe, zero) for zero in stages}))
-        leave()
-        sys.exit(0)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in started))
+    torch.set_num_threads(1)
+    ranks = join("cpu", 120.0)
+    (folder / f"{ranks.rank}.json").write_text(json.dumps({zero: compared(recipe, zero) for zero in stages}))
+    leave()
 
 
 if __name__ == "__main__":

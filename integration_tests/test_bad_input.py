@@ -427,7 +427,7 @@ def test_no_disk_space(stage: str, size: int, change: str, refused: Refused) -> 
     assert json.loads((RUN / stage / "manifest.json").read_text())["status"] == "finished"
 
 
-def test_a_real_process_on_a_full_disk_says_one_thing_and_ends_with_2(workspace: Path, velatura: Run) -> None:
+def test_a_real_process_on_a_full_disk_says_one_thing_and_ends_with_2(workspace: Path, console_script: Run) -> None:
     with full_at(100_000):
-        done = velatura("run", "tiny.yaml", "seed=6", "--stage", "warm", cwd=workspace, status=2)
+        done = console_script("run", "tiny.yaml", "seed=6", "--stage", "warm", cwd=workspace, status=2)
     assert "make room" in only_message(done.stderr)

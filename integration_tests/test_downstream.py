@@ -54,7 +54,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": ":".join(PORTIONS), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    """That of somebody who works with both; options of this pytest are none of theirs."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**outside, "PYTHONPATH": ":".join(PORTIONS), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)

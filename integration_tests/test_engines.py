@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,18 +53,14 @@ def plain(steps: int, precision: str = "fp32") -> tuple[Engine, Tensors]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Sections:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Sections:
     """What two processes left, after one start-up for all checks."""
     folder = tmp_path_factory.mktemp("ranks")
     engine, _ = plain(1)
     sections = {"policy": worker.weights(engine.module, engine), "optimizer": engine.state_dict()}
     save_checkpoint(folder, 1, sections, {}, keep=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(WORKER), str(folder)], env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    pids = forks.start_all("script", WORKER, folder, cwd=folder, processes=2)
+    assert forks.wait(*pids, seconds=900) == [0, 0], (folder / "says.txt").read_text()[-9000:]
     return load_checkpoint(folder / "step-000002").tensors
 
 

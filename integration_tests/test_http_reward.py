@@ -29,19 +29,20 @@ def redness(image, prompt):
 PLAIN = {"use": "function", "name": "redness", "with": {"file": "./redness.py", "call": "redness"}}
 
 
-def velatura(*arguments: object, cwd: Path, status: int = 0, token: str = TOKEN) -> str:
-    """The command as a process; what it prints as an error."""
-    done = subprocess.run(
-        [str(COMMAND), *map(str, arguments)], cwd=cwd, env=ENVIRONMENT | {"REWARD_TOKEN": token}, capture_output=True,
-        text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == status, done.stdout + done.stderr
-    return " ".join(done.stderr.split())
+@pytest.fixture
+def said(velatura: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """Does the command; what it prints as an error."""
+
+    def run(*arguments: object, token: str = TOKEN, **options: Any) -> str:
+        done = velatura(*arguments, cwd=tmp_path, environment={"REWARD_TOKEN": token}, **options)
+        return " ".join(done.stderr.split())
+
+    return run
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """`velatura serve-reward` as a process; its address."""
+    """`velatura serve-reward`, the installed command; its address."""
     with ExitStack() as stack:
 
         def start(*arguments: object) -> str:
@@ -89,36 +90,40 @@ def behind(address: str, **options: Any) -> dict[str, Any]:
     return {"use": "http", "name": "redness", "with": given | options}
 
 
-def test_a_served_reward_teaches_what_it_teaches_in_process(tmp_path: Path, serve: Callable[..., str]) -> None:
+def test_a_served_reward_teaches_what_it_teaches_in_process(
+    tmp_path: Path, serve: Callable[..., str], said: Callable[..., str]
+) -> None:
     (tmp_path / "redness.py").write_text(FUNCTION)
-    velatura("run", recipe(tmp_path, "inside", PLAIN), cwd=tmp_path)
+    said("run", recipe(tmp_path, "inside", PLAIN))
     inside = metrics(tmp_path, "inside")
     assert len(inside) == 2
     assert all(row["updated"] == 1 and row["grad_norm"] > 0 for row in inside)
 
     address = serve(tmp_path / "inside.yaml")
-    velatura("run", recipe(tmp_path, "outside", behind(address)), cwd=tmp_path)
+    said("run", recipe(tmp_path, "outside", behind(address)))
     assert metrics(tmp_path, "outside") == inside
 
 
-def test_what_does_not_fit_the_server_ends_the_run_with_one_message(tmp_path: Path, serve: Callable[..., str]) -> None:
+def test_what_does_not_fit_the_server_ends_the_run_with_one_message(
+    tmp_path: Path, serve: Callable[..., str], said: Callable[..., str]
+) -> None:
     (tmp_path / "redness.py").write_text(FUNCTION)
     address = serve("function", "file=./redness.py", "call=redness", "--label", "redness", "--max-pictures", 8)
-    done = velatura("run", recipe(tmp_path, "token", behind(address)), cwd=tmp_path, status=2, token="wrong")
+    done = said("run", recipe(tmp_path, "token", behind(address)), status=2, token="wrong")
     assert "status 401: this token is not the server's" in done
-    done = velatura("run", recipe(tmp_path, "name", behind(address, reward="rednes")), cwd=tmp_path, status=2)
+    done = said("run", recipe(tmp_path, "name", behind(address, reward="rednes")), status=2)
     assert "serves no reward 'rednes'. Did you mean 'redness'?" in done
-    done = velatura("run", recipe(tmp_path, "batch", behind(address, batch_size=16)), cwd=tmp_path, status=2)
+    done = said("run", recipe(tmp_path, "batch", behind(address, batch_size=16)), status=2)
     assert "takes 8 pictures a request, and `batch_size` is 16" in done
 
 
-def test_the_command_says_what_it_cannot_serve(tmp_path: Path) -> None:
-    for arguments, said in [
+def test_the_command_says_what_it_cannot_serve(said: Callable[..., str]) -> None:
+    for arguments, expected in [
         (["tinyworld-sharpnes"], "neither a recipe file nor a reward. Did you mean 'tinyworld-sharpness'?"),
         (["tinyworld-sharpness", "gian=2"], "gian: no such option. Did you mean 'gain'?"),
         (["function", "file=./gone.py", "call=f"], "there is no file"),
         (["vlm-pairs", "rubric=aesthetics", "model=x"], "cannot be served"),
         (["tinyworld-sharpness", "--token-env", "REWARD_TOKEN"], "the environment has no REWARD_TOKEN"),
     ]:
-        done = velatura("serve-reward", *arguments, cwd=tmp_path, status=2, token="")
-        assert said in done
+        done = said("serve-reward", *arguments, status=2, token="")
+        assert expected in done

@@ -98,7 +98,7 @@ def asked(folder: Path, rank: int) -> list[str]:
 
 
 def test_golden_pictures_are_asked_for_once_and_observers_see_everybodys_scores(folder: Path, velatura: Run) -> None:
-    velatura("run", "recipe.yaml", "--processes", "2", cwd=folder)
+    velatura("run", "recipe.yaml", cwd=folder, processes=2)
     first, second = asked(folder, 0), asked(folder, 1)
     assert "golden" not in second and second.count("drawn") > 4
     # At the start of three stages, and after two reports of four of the first process, of four, and of three.
@@ -112,8 +112,7 @@ def test_golden_pictures_are_asked_for_once_and_observers_see_everybodys_scores(
 def test_what_only_the_second_process_knows_stands_in_the_manifest(folder: Path, tmp_path: Path, velatura: Run) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     fails = "stages.choose.rewards.0.with.fails_in='1'"
-    done = velatura("run", "recipe.yaml", fails, "--stage", "choose", "--processes", "2", cwd=tmp_path / "copy",
-                    status=2)  # fmt: skip
+    done = velatura("run", "recipe.yaml", fails, "--stage", "choose", cwd=tmp_path / "copy", status=2, processes=2)
     said = "stages.choose.rewards.0: reward 'shade/shade' gave no score for 4 of its last 4 samples"
     assert said in done.stderr and "no light in here" in done.stderr
     assert "Traceback" not in done.stderr

@@ -14,12 +14,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 RECIPES = Path(__file__).with_name("recipes")
 COMMAND = str(Path(sys.executable).with_name("velatura"))
 PATIENCE = 600
@@ -54,20 +56,25 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def srun(folder: Path, *overrides: str, steps: Sequence[int] = (0, 1)) -> list[subprocess.Popen[str]]:
-    """The tasks of a job step, one on each of two nodes, as srun starts them; nobody ends one when another ends."""
-    port, tasks = str(free_port()), []
-    for rank in steps:
-        variables = {
-            "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
-            "SLURM_NODEID": str(rank), "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "localhost,other",
-            "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        tasks.append(subprocess.Popen(
-            [COMMAND, "run", "launched.yaml", *overrides], cwd=folder, env={**os.environ, **variables},
+def of_step() -> list[dict[str, str]]:
+    """The variables of the two tasks of a job step, one on each of two nodes."""
+    port = str(free_port())
+    return [{
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(rank), "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "localhost,other",
+        "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+    } for rank in (0, 1)]  # fmt: skip
+
+
+def srun(folder: Path) -> list[subprocess.Popen[str]]:
+    """Both tasks, as srun starts them; nobody ends one when another ends."""
+    return [
+        subprocess.Popen(
+            [COMMAND, "run", "launched.yaml"], cwd=folder, env={**os.environ, **variables},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        ))  # fmt: skip
-    return tasks
+        )
+        for variables in of_step()
+    ]  # fmt: skip
 
 
 def endings(tasks: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -84,8 +91,9 @@ Cut = tuple[Path, list[list[tuple[int, str, str]]]]
 
 
 @pytest.fixture(scope="module")
-def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Cut:
-    """A run under srun's variables that lost its first process and was started again; and how its processes ended."""
+def cut_off(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Cut:
+    """A run under srun's variables that lost its first process and was started again; and how its processes ended. The
+    second time they are forked: importing all again would take longer than the run."""
     folder = place(tmp_path_factory.mktemp("srun"))
     tasks = srun(folder)
     deadline = time.monotonic() + PATIENCE
@@ -94,7 +102,15 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Cut:
         assert tasks[0].poll() is None, tasks[0].communicate()
         time.sleep(0.01)
     tasks[0].send_signal(signal.SIGKILL)
-    return folder / "runs" / "launched", [endings(tasks), endings(srun(folder))]
+    first, command = endings(tasks), ("run", "launched.yaml")
+    again = [
+        forks.start(*command, cwd=folder, environment=variables, says=f"out-{rank}", errors=f"err-{rank}")
+        for rank, variables in enumerate(of_step())
+    ]
+    statuses = forks.wait(*again, seconds=PATIENCE)
+    texts = [[(folder / f"{name}-{rank}").read_text() for name in ("out", "err")] for rank in (0, 1)]
+    second = [(status, out, err) for status, (out, err) in zip(statuses, texts, strict=True)]
+    return folder / "runs" / "launched", [first, second]
 
 
 def test_a_first_process_that_is_killed_ends_all_and_is_named(cut_off: Cut) -> None:
@@ -114,31 +130,27 @@ def test_what_was_cut_off_goes_on(cut_off: Cut) -> None:
 
 
 @pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`pdsh` and `ssh` of these tests before all others."""
+def programs(tmp_path: Path) -> Mapping[str, str]:
+    """The variable that puts `pdsh` and `ssh` of these tests before all others."""
     folder = tmp_path / "programs"
     folder.mkdir()
     for name, text in (("pdsh", PDSH.format(python=sys.executable)), ("ssh", SSH)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-def velatura(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [COMMAND, "run", "launched.yaml", *arguments], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=PATIENCE, check=False, start_new_session=True,
-    )  # fmt: skip
-
-
-def test_two_machines_of_a_hostfile_do_what_two_tasks_do(cut_off: Cut, programs: Path, tmp_path: Path) -> None:
+def test_two_machines_of_a_hostfile_do_what_two_tasks_do(
+    cut_off: Cut, programs: Mapping[str, str], tmp_path: Path
+) -> None:
     """Bit for bit, though the other run was cut off."""
     folder = place(tmp_path / "hosts")
     (folder / "hosts").write_text("# two names of one machine\nlocalhost slots=1\n127.0.0.1 slots=1  # the other\n")
-    done = velatura(
-        folder, "--hostfile", "hosts", 'stages.teacher.rewards.0={use: tinyworld-sharpness, name: "sharpness"}'
-    )
+    quoted = 'stages.teacher.rewards.0={use: tinyworld-sharpness, name: "sharpness"}'
+    done = subprocess.run(
+        [COMMAND, "run", "launched.yaml", "--hostfile", "hosts", quoted], cwd=folder, text=True, capture_output=True,
+        env={**os.environ, **programs, "OMP_NUM_THREADS": "1"}, timeout=PATIENCE, check=False, start_new_session=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     run = folder / "runs" / "launched"
     assert (run / "logs" / "process-1.log").exists()
@@ -158,20 +170,20 @@ def test_two_machines_of_a_hostfile_do_what_two_tasks_do(cut_off: Cut, programs:
         ("localhost slots=1\nnowhere-1 slots=1\n", "ssh does not reach nowhere-1 (ssh: could not resolve nowhere-1)"),
     ],
 )
-def test_a_bad_hostfile_is_one_message(tmp_path: Path, programs: Path, lines: str, said: str) -> None:
+def test_a_bad_hostfile_is_one_message(
+    tmp_path: Path, programs: Mapping[str, str], velatura: Run, lines: str, said: str
+) -> None:
     folder = place(tmp_path / "hosts")
     (folder / "hosts").write_text(lines)
-    done = velatura(folder, "--hostfile", "hosts")
-    assert done.returncode == 2
+    done = velatura("run", "launched.yaml", "--hostfile", "hosts", cwd=folder, status=2, environment=programs)
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (folder / "runs").exists()
 
 
-def test_who_waits_for_a_process_that_never_comes_says_so(tmp_path: Path) -> None:
-    folder = place(tmp_path / "alone")
-    ((status, _, said),) = endings(srun(folder, "engine.timeout=2", steps=(0,)))
-    assert status == 2
+def test_who_waits_for_a_process_that_never_comes_says_so(tmp_path: Path, velatura: Run) -> None:
+    folder, (first, _) = place(tmp_path / "alone"), of_step()
+    said = velatura("run", "launched.yaml", "engine.timeout=2", cwd=folder, status=2, environment=first).stderr
     assert said.count("velatura: ") == 1
     assert "process 0 did not meet the other processes at localhost:" in said
     assert "within 2 s" in said

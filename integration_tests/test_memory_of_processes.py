@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,18 +17,14 @@ CLOSE = 0.15
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, tuple[int, int]]]]:
+def counted(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> list[dict[str, dict[str, tuple[int, int]]]]:
     """Of each rank: case -> quantity -> estimate and count, from one launch."""
     import qwen_image_21
 
     folder = tmp_path_factory.mktemp("memory")
     qwen_image_21.build(folder / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    pids = forks.start_all("script", WORKER, folder, cwd=folder, processes=2)
+    assert forks.wait(*pids, seconds=500) == [0, 0], (folder / "says.txt").read_text()[-9000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

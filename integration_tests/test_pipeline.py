@@ -19,12 +19,21 @@ from safetensors.torch import load_file
 
 from velatura.core.cli import main
 
+TINY = Path(__file__).with_name("recipes") / "tiny.yaml"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Original = tuple[Path, subprocess.CompletedProcess[str]]
 Capture = pytest.CaptureFixture[str]
 STAGES = ["warm", "curate_t2i", "curate_edit", "teacher_t2i", "teacher_edit", "student", "compare", "export"]
 TRAINED = {"warm": 12, "teacher_t2i": 6, "teacher_edit": 3, "student": 6}
 RUN = Path("runs/tiny")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, console_script: Run) -> Original:
+    """A folder with the recipe and its run by the installed command, and what was printed."""
+    folder = tmp_path_factory.mktemp("original")
+    shutil.copy(TINY, folder / "tiny.yaml")
+    return folder, console_script("run", "tiny.yaml", cwd=folder)
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,15 +16,11 @@ DIVIDED = {"masters in fp32", "moments of adamw"}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, tuple[int, int]]]]:
+def found(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> list[dict[str, dict[str, tuple[int, int]]]]:
     """Of each process: ZeRO stage -> part -> bytes planned and found."""
     folder = tmp_path_factory.mktemp("memory")
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(RECIPE), str(folder), *map(str, STAGES)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    pids = forks.start_all("script", WORKER, RECIPE, folder, *STAGES, cwd=folder, processes=2)
+    assert forks.wait(*pids, seconds=600) == [0, 0], (folder / "says.txt").read_text()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -30,26 +30,22 @@ COUNTED = ("rows/forward", "rows/gradient")
 """What a process adds when it has run out of work."""
 NOTHING_STAYS = "{zero_optimization: {stage3_param_persistence_threshold: 0}}"
 """Else ZeRO 3 does not shard parameters as small as these."""
-RUNS = {
-    "one": ("--processes", "1"),
-    "two": ("--processes", "2"),
-    "zero 3": ("--processes", "2", "engine.zero_stage=3", "engine.offload_optimizer=true",
-               f"engine.raw={NOTHING_STAYS}"),
-}  # fmt: skip
+ZERO_3 = ("engine.zero_stage=3", "engine.offload_optimizer=true", f"engine.raw={NOTHING_STAYS}")
 OTHERS = ["two", "zero 3"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, velatura: Run) -> dict[str, Path]:
-    """Name -> run folder of the tiny recipe."""
-    found = {}
-    for name, arguments in RUNS.items():
-        folder = tmp_path_factory.mktemp("processes")
+def runs(tmp_path_factory: pytest.TempPathFactory, velatura: Run, console_script: Run) -> dict[str, Path]:
+    """Name -> run folder of the tiny recipe. The launcher of the command starts the processes of one of them."""
+    folders = {name: tmp_path_factory.mktemp("processes") for name in ("one", *OTHERS)}
+    for folder in folders.values():
         shutil.copy(TINY, folder / "tiny.yaml")
         shutil.copy(TINY.with_name("first_alone.py"), folder)
-        velatura("run", "tiny.yaml", *UNEVEN, *arguments, cwd=folder)
-        found[name] = folder / "runs" / "tiny"
-    return found
+    recipe = ("run", "tiny.yaml", *UNEVEN)
+    velatura(*recipe, "--processes", "1", cwd=folders["one"])
+    console_script(*recipe, "--processes", "2", cwd=folders["two"])
+    velatura(*recipe, *ZERO_3, cwd=folders["zero 3"], processes=2)
+    return {name: folder / "runs" / "tiny" for name, folder in folders.items()}
 
 
 def metrics(run: Path, stage: str) -> list[dict[str, float]]:
@@ -178,7 +174,7 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(tmp_path: Path, velatu
     with ZeRO 1 finishes it."""
     shutil.copy(TINY, tmp_path / "tiny.yaml")
     run = tmp_path / "runs" / "tiny"
-    arguments = ["run", "tiny.yaml", "engine.kind=deepspeed", "stages.teacher_t2i.steps=40"]
+    arguments = ["run", "tiny.yaml", "engine.kind=deepspeed", "stages.warm.steps=3", "stages.teacher_t2i.steps=20"]
     arguments += ["stages.teacher_t2i.checkpoint_every=1", f"engine.raw={NOTHING_STAYS}"]
     command = [str(Path(sys.executable).with_name("velatura")), *arguments, "engine.zero_stage=3", "--processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -200,4 +196,4 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(tmp_path: Path, velatu
     assert "process 1 was killed by SIGKILL" in manifest["error"]
     done = velatura(*arguments, "--stage", "teacher_t2i", cwd=tmp_path)
     assert "teacher_t2i: goes on from step" in done.stdout
-    assert len(metrics(run, "teacher_t2i")) == 40
+    assert len(metrics(run, "teacher_t2i")) == 20

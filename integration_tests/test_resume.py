@@ -3,50 +3,48 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+Run = Callable[..., Any]
 TINY = Path(__file__).with_name("recipes") / "tiny.yaml"
 KILLED = {"warm": (3, 6), "teacher_t2i": (2, 4, 6, 8), "student": (2, 4, 6, 8)}
 """Supervised training, reinforcement learning, distillation; and the checkpoints after which there is work left."""
 TRAINED = (*KILLED, "teacher_edit")
 
 
-def kill_during(process: subprocess.Popen[str], stage: Path, rng: random.Random) -> str:
+def kill_during(forks: Any, pid: int, stage: Path, rng: random.Random) -> str:
     """SIGKILL at some moment after one of the stage's checkpoints; the checkpoint that was the newest then."""
     checkpoints, step = stage / "checkpoints", rng.choice(KILLED[stage.name])
     deadline = time.monotonic() + 120
     while not any(int(path.name.removeprefix("step-")) >= step for path in checkpoints.glob("step-*")):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert forks.wait(pid, seconds=0.005) == [None], "the run ended before it could be killed"
         assert time.monotonic() < deadline
-        time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.1))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait(pid) == [-signal.SIGKILL]
     assert not (stage / "weights.safetensors").exists(), "the stage was over before the process was killed"
     return max(path.name for path in checkpoints.glob("step-*"))
 
 
 @pytest.fixture(scope="module")
 def killed_run(
-    tmp_path_factory: pytest.TempPathFactory,
-    start: Callable[..., subprocess.Popen[str]],
-    velatura: Callable[..., subprocess.CompletedProcess[str]],
-    deepspeed_arguments: tuple[str, ...],
+    tmp_path_factory: pytest.TempPathFactory, forks: Any, velatura: Run, deepspeed_arguments: tuple[str, ...]
 ) -> tuple[Path, str]:
     """The folder of a run that was killed in three stages, and what its last process said."""
     folder, rng = tmp_path_factory.mktemp("killed"), random.Random(0)
     shutil.copy(TINY, folder / "tiny.yaml")
     run = folder / "runs" / "tiny"
     for stage in KILLED:
-        newest = kill_during(start(*deepspeed_arguments, cwd=folder), run / stage, rng)
+        newest = kill_during(forks, forks.start(*deepspeed_arguments, cwd=folder), run / stage, rng)
         assert json.loads((run / stage / "manifest.json").read_text())["status"] == "running"
         assert newest >= "step-000002"
     return run, velatura(*deepspeed_arguments, cwd=folder).stdout

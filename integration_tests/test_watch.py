@@ -4,6 +4,7 @@ ends too, soon, and one message names the cause."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("watch_worker.py")
+PATIENCE = 8
+"""Seconds without a sign of life that they allow each other."""
 CASES = {
     "slow": None,
-    "stands-still": "has been at one thing for 1",
+    "stands-still": "has been at one thing for",
     "frozen": "has not been heard of for",
     "killed": "has not been heard of for",
     "message": "says: stages.x: the disk is full.",
@@ -27,7 +30,7 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[tuple[str, i
     """(case, rank) -> exit status and seconds; and what each said."""
     folder = tmp_path_factory.mktemp("watch")
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder), "240", *CASES, "same"],
+        [sys.executable, str(WORKER), str(folder), "240", str(PATIENCE), *CASES, "same"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         capture_output=True, text=True, timeout=280, check=True,
     )  # fmt: skip
@@ -60,14 +63,15 @@ def test_the_second_process_leaves_the_message_to_the_first(endings: Endings) ->
 
 
 def test_what_stands_still_is_told_by_what_it_was_at(endings: Endings) -> None:
-    assert "a thing that never ends" in (endings[1] / "stands-still-0").read_text()
+    found = re.search(r"at one thing for (\d+) s: ([\w ]+)", (endings[1] / "stands-still-0").read_text())
+    assert found and int(found[1]) >= PATIENCE and found[2] == "a thing that never ends"
     assert "It was last at: what follows step 2" in (endings[1] / "frozen-0").read_text()
 
 
 def test_work_that_goes_on_may_take_longer_than_the_time_out(endings: Endings) -> None:
     found, folder = endings
     assert (found["slow", 0][0], found["slow", 1][0]) == (0, 0)
-    assert found["slow", 0][1] >= 24
+    assert found["slow", 0][1] > PATIENCE
     assert (folder / "slow-0").read_text() == (folder / "slow-1").read_text() == ""
 
 

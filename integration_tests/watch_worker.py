@@ -1,6 +1,6 @@
 """Pairs of processes that watch each other, one pair for each way in which the second may end. One import, many forks.
 
-python watch_worker.py FOLDER SECONDS CASE ...: each process writes what it says to FOLDER/CASE-RANK.
+python watch_worker.py FOLDER SECONDS PATIENCE CASE ...: each process writes what it says to FOLDER/CASE-RANK.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from velatura.core.pulse import alive
 from velatura.core.ranks import FailedElsewhere, Ranks, join
 from velatura.core.watch import watched
 
-PATIENCE = 12.0
+PATIENCE = float(sys.argv[3])
 
 
 def work(ranks: Ranks, case: str) -> None:
@@ -31,7 +31,7 @@ def work(ranks: Ranks, case: str) -> None:
         ranks.barrier()
     second = ranks.rank == 1
     if case == "slow":
-        for part in range(4 if second else 0):  # longer than the patience, with signs of life
+        for part in range(3 if second else 0):  # longer than the patience, with signs of life
             time.sleep(PATIENCE / 2)
             alive(f"part {part}")
     elif second and case == "stands-still":
@@ -76,7 +76,7 @@ def process(folder: Path, case: str, rank: int, port: int) -> None:
 
 def main() -> None:
     """Fork all, wait for all, and print how each ended: CASE RANK STATUS SECONDS."""
-    folder, cases = Path(sys.argv[1]), sys.argv[3:]
+    folder, cases = Path(sys.argv[1]), sys.argv[4:]
     deadline, began, started = time.monotonic() + float(sys.argv[2]), time.monotonic(), {}
     for case in cases:
         with socket.socket() as found:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from torch import nn
 
+from velatura.core.stages import showcase
+
 LINEAR = nn.functional.linear
 
 
@@ -16,3 +18,11 @@ def stock_linear() -> Iterator[None]:
     nn.functional.linear = LINEAR
     yield
     nn.functional.linear = LINEAR
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_pictures() -> Iterator[None]:
+    """Two pictures of a prompt in the grids that show how a model changes: most of a tiny run would draw them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(showcase, "SEEDS", 2)
+        yield

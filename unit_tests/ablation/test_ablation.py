@@ -22,7 +22,7 @@ from velatura.core.errors import RecipeError, VelaturaError
 RECIPE = """\
 seed: 0
 engine: {kind: local, threads: 1, device: cpu}
-adapter: {use: tinyworld}
+adapter: {use: tinyworld, with: {weights: null, width: 32, heads: 2, layers: 1}}
 sampling: {steps: 2, batch: 64}
 guidance: none
 stages:

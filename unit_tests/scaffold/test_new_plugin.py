@@ -48,9 +48,11 @@ def python(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def done(*command: object, cwd: Path | None = None) -> str:
-    """What a command says; it has to succeed. It imports Velatura from where this process does."""
+    """What a command says; it has to succeed. It imports Velatura from where this process does, and of this pytest it
+    knows nothing."""
     portions = [str(Path(portion).parent) for portion in velatura.__path__]
-    environment = {**os.environ, "PYTHONPATH": ":".join(portions), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**outside, "PYTHONPATH": ":".join(portions), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     ended = subprocess.run(
         [str(part) for part in command], check=False, capture_output=True, text=True, cwd=cwd, env=environment,
         timeout=500,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -101,7 +102,8 @@ def test_a_pytest_without_configuration_has_one_id_per_component_and_check(good:
     test = good.with_name("test_acme.py")
     test.write_text(textwrap.dedent(TEST.format(file=good, name="acme_good")))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-W", "error", str(test)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=good.parent, timeout=120)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=good.parent, timeout=120, env=plain)
     assert done.returncode == 0, done.stdout
     assert "test_conformance[acme_good/redness-score_does_not_depend_on_the_batch] PASSED" in done.stdout
     assert "test_conformance[acme_good/redness-options_survive_a_round_trip] SKIPPED" in done.stdout

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 SAME = 1e-6
@@ -81,6 +80,8 @@ def ceiling(
 def _spearman(a: Floats, b: Floats) -> float | None:
     if len(a) < 3 or np.ptp(a) < SAME or np.ptp(b) < SAME:
         return None
+    from scipy import stats
+
     return float(stats.spearmanr(a, b).statistic)
 
 

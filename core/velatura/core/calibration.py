@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
 
 from velatura.core.errors import VelaturaError
 
@@ -128,6 +127,8 @@ def risk_budget(sigma: Floats, budget: Floats) -> Floats:
     Raises:
         VelaturaError: Sigma is so nearly singular that no solution was found.
     """
+    from scipy import optimize
+
     active = budget > 0
     matrix, wanted = sigma[np.ix_(active, active)], budget[active]
 
@@ -177,6 +178,8 @@ def no_harm(sigma: Floats, start: Floats, kappa: float) -> Unharmed:
     best = _max_min(sigma, start, free)
     if _least(sigma, best) < kappa - SLACK:
         return Unharmed(weights=best, correlation=correlation_with(sigma, best), is_feasible=False)
+    from scipy import optimize
+
     guarded = np.diag(sigma) > FLOOR
     trained = sigma[: len(start), : len(start)]
 
@@ -234,6 +237,8 @@ def _least(sigma: Floats, w: Floats) -> float:
 
 def _max_min(sigma: Floats, start: Floats, free: Bools) -> Floats:
     """The weights of the largest least correlation: max t s.t. corr_k >= t, from several starts by SLSQP."""
+    from scipy import optimize
+
     count = len(start)
     guarded = np.diag(sigma) > FLOOR
     even = free / free.sum()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -51,5 +50,7 @@ def crossed_mean(values: Floats) -> Crossed:
     spread = of_seeds**2 / (seeds - 1) + of_prompts**2 / (prompts - 1)
     spread += of_rest**2 / ((seeds - 1) * (prompts - 1)) if square > max(of_seeds, of_prompts) else 0.0
     freedom = square**2 / spread if spread else float(seeds - 1)
+    from scipy import stats
+
     half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(square / (seeds * prompts))
     return Crossed(value=mean, low=mean - half, high=mean + half, by_seed=by_seed, n_prompts=prompts)

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from scipy import optimize
 
 from velatura.core.calibration import Floats
 from velatura.core.errors import RecipeError, suggest
@@ -192,6 +191,8 @@ def utilities(pairs: Pairs, overall: float, own: float) -> Floats:
         pull = np.einsum("n,nc,nk->ck", slope, pairs.shares, pairs.difference) + 2 * own * gap
         total = value + overall * common @ common + own * (gap**2).sum()
         return float(total), np.concatenate([2 * overall * common - 2 * own * gap.sum(0), pull.ravel()])
+
+    from scipy import optimize
 
     start = np.full(rewards * (1 + categories), 0.1)
     solved = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))

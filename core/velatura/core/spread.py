@@ -6,7 +6,6 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
 
 
 @lru_cache(maxsize=256)
@@ -16,6 +15,8 @@ def noise_range(count: int, quantile: float) -> float:
     The studentized range with infinitely many degrees of freedom: 3.63, 4.03, 4.29, 4.63, 4.84, 5.15 for 4, 6, 8, 12,
     16, 24 draws at .95. Less than two draws have no range.
     """
+    from scipy import stats
+
     return float(stats.studentized_range.ppf(quantile, count, np.inf)) if count > 1 else math.inf
 
 
@@ -26,6 +27,8 @@ def expected_range(count: int) -> float:
     2.06, 2.53, 2.85, 3.26, 3.53, 3.90 for 4, 6, 8, 12, 16, 24 draws: what ranges of groups of different size are
     divided by before they are compared.
     """
+    from scipy.special import ndtr
+
     x = np.linspace(-10, 10, 4001)
-    below = stats.norm.cdf(x)
+    below = ndtr(x)
     return float(np.trapezoid(1 - below**count - (1 - below) ** count, x)) if count > 1 else math.nan

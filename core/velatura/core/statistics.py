@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -241,6 +240,8 @@ def _by_prompt(columns: Sequence[Floats], prompts: Sequence[str]) -> list[Floats
 
 
 def _bootstrap(values: Floats, method: str, resamples: int, seed: int) -> tuple[float, float]:
+    from scipy import stats
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate BCa is answered by the caller, not by a warning
         interval = stats.bootstrap(
