@@ -117,7 +117,9 @@ def test_what_it_keeps_and_needs_is_in_the_plan_of_memory(
     assert learn.policy.same("old", CURRENT)
 
 
-@pytest.mark.parametrize(("steps", "batch", "sizes"), [(7, 16, [15]), (7, 8, [6, 6, 3]), (1, 2, [2, 2, 1])])
+@pytest.mark.parametrize(("steps", "batch", "sizes"), [
+    (7, 16, [15]), (7, 8, [6, 6, 3]), (7, 2, [2, 1] * 5), (1, 2, [2, 2, 1])
+])  # fmt: skip
 def test_its_states_go_through_the_network_in_batches_of_the_sampler(
     steps: int, batch: int, sizes: list[int], learner: Make, sampler: Make, drawings: Make
 ) -> None:

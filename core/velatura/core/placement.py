@@ -231,10 +231,9 @@ class _Stage:
     def _probe_batch(self) -> Batch:
         """States of the probe that go through the network together."""
         sampling = self.stage.sampling
-        drawn = chunk(self._probed, 1, sampling.batch, guided=False)
-        samples = min(drawn.points, together(sampling.batch, sampling.steps))
-        points = samples * len(looked_at(sampling.steps))
-        return Batch(points=points, prompts=samples, limit=2 * points)
+        samples, states = together(sampling.batch, sampling.steps)
+        samples = min(samples, self._probed)
+        return Batch(points=samples * states, prompts=samples, limit=2 * samples * states)
 
     def _micro_batch(self) -> Batch:
         stage = self.stage

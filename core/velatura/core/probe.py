@@ -10,7 +10,7 @@ from torch import Tensor
 
 from velatura.core.learner import Learner
 from velatura.core.points import Group, MicroBatch, trajectory_points
-from velatura.core.rollout import Sampler, rollout
+from velatura.core.rollout import Chunk, Sampler, rollout
 from velatura.core.seeds import derive
 from velatura.core.types import Prompt, Role
 
@@ -73,9 +73,11 @@ def looked_at(steps: int) -> Tensor:
     return torch.arange(1, steps, 2) if steps > 1 else torch.arange(1)
 
 
-def together(batch: int, steps: int) -> int:
-    """Samples whose states go through the network together, of a sampler with `batch` rows."""
-    return max(1, batch // len(looked_at(steps)))
+def together(batch: int, steps: int) -> tuple[int, int]:
+    """How many samples, and how many states of each, go through the network together, for a sampler with `batch` rows
+    and `steps` steps."""
+    states = len(looked_at(steps))
+    return max(1, batch // states), min(batch, states)
 
 
 def _visited(
@@ -83,25 +85,28 @@ def _visited(
 ) -> tuple[MicroBatch, ...]:
     """States that the weight set `name` visits, one chunk of samples after the other."""
     batches: list[MicroBatch] = []
+    samples, states = together(sampler.batch, sampler.steps)
     with learner.policy.wearing(name) as net:
         for chunk in rollout(net, sampler, prompts, seeds, keep_trajectory=True):
-            for rows in torch.split(torch.arange(len(chunk.rows)), together(sampler.batch, sampler.steps)):
-                states = None if chunk.trajectory is None else chunk.trajectory[:, rows]
-                batches.append(_points(chunk.rows[rows].tolist(), states, prompts, sampler, name))
+            for rows in torch.split(torch.arange(len(chunk.rows)), samples):
+                for steps in torch.split(looked_at(sampler.steps), states):
+                    batches.append(_points(chunk, rows, steps, prompts, sampler, name))
     return tuple(batches)
 
 
 def _points(
-    rows: Sequence[int], trajectory: Tensor | None, prompts: Sequence[Prompt], sampler: Sampler, teacher: str
+    chunk: Chunk, rows: Tensor, steps: Tensor, prompts: Sequence[Prompt], sampler: Sampler, teacher: str
 ) -> MicroBatch:
-    if trajectory is None:
+    """The states of some of a chunk's samples at some steps."""
+    if chunk.trajectory is None:
         raise ValueError("a probe needs the visited states")
-    groups = [Group(prompt=prompts[row], samples=(b,), numbers=(0,)) for b, row in enumerate(rows)]
-    times = sampler.adapter.times(sampler.steps, groups[0].prompt)
-    train = looked_at(sampler.steps)
-    weight = torch.ones(sampler.steps)
-    zeros = torch.zeros(len(rows))
-    made = trajectory_points(groups, trajectory, zeros, times, train, weight, len(rows) * len(train))
+    own = [prompts[row] for row in chunk.rows[rows].tolist()]
+    groups = [Group(prompt=prompt, samples=(b,), numbers=(0,)) for b, prompt in enumerate(own)]
+    times = sampler.adapter.times(sampler.steps, own[0])
+    weight, zeros = torch.ones(sampler.steps), torch.zeros(len(own))
+    made = trajectory_points(
+        groups, chunk.trajectory[:, rows], zeros, times, steps, weight, len(own) * len(looked_at(sampler.steps))
+    )
     return replace(made, teacher=teacher, points=replace(made.points, x_next=None, t_next=None))
 
 
