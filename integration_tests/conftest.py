@@ -6,6 +6,7 @@ fork one that has imported it; the console script starts where launching itself 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -26,6 +27,13 @@ COMMAND = Path(sys.executable).with_name("velatura")
 TINY = Path(__file__).with_name("recipes") / "tiny.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect() -> None:
+    """Libraries ask for full collections of garbage, and those need not look at what stays: modules and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -52,7 +52,7 @@ def build(folder: Path, seed: int = 0) -> Path:
     pipe = QwenImage21Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9),
         vae=AutoencoderKLQwenImage21(
-            base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+            base_dim=8, decoder_base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
             temperal_downsample=[False, False, False, False],
             latents_mean=[0.1] * channels, latents_std=[1.5] * channels,
         ),
