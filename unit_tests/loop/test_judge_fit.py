@@ -198,7 +198,7 @@ def test_deepspeed_learns_what_plain_torch_learns(finished: Path, tmp_path: Path
     ("changes", "message"),
     [
         ({"fit": {"rated": "rates"}}, "no stage is called 'rates'. Did you mean 'rate'"),
-        ({"fit": {"ratings": "r.jsonl"}}, "either 'ratings' .* or 'rated'"),
+        ({"fit": {"ratings": "r.jsonl"}}, "give 'ratings' .* or 'rated'"),
         ({"fit": {"train_share": 0.9, "calibration_share": 0.1}}, "each split needs a share"),
         ({"fit": {"judge_model": "vml"}}, "no judge_model is called 'vml'. Did you mean 'vlm'"),
         ({"rate": {"truth": [RATER, RATER]}}, "'truth' has dimension 'looks' twice"),
