@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+import pickle
 import shutil
 from pathlib import Path
 
@@ -174,3 +175,17 @@ def test_a_missing_package_is_one_message_with_the_command(monkeypatch, tmp_path
 
 def test_the_tests_of_a_fresh_clone_have_the_parameters():
     assert f"--no-deps {brisque.PACKAGE}\n" in (ROOT / "Makefile").read_text()
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __reduce__(self):
+        return print, ("called",)
+
+
+def test_a_pickle_that_calls_something_is_refused_before_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=r"print is not data"):
+        brisque.DataOnly(io.BytesIO(pickle.dumps([1.0, Calls()]))).load()
+    assert capsys.readouterr().out == ""
+    assert brisque.DataOnly(io.BytesIO(pickle.dumps({"min_": [1.0]}))).load() == {"min_": [1.0]}
