@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from velatura.api import Prompt, Role
+from velatura.api import Points, Prompt, Role
 from velatura.core.learner import Learner, Tally, with_zero_advantage
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces
 from velatura.core.policy import Policy
 from velatura.core.rollout import by_layout
+from velatura.core.summed import Summed, Term
 from velatura.plugins.adapters.tinyworld import TinyWorldAdapter
 from velatura.plugins.distillers.velocity_match import VelocityMatch
 from velatura.plugins.guidance.policies import Both, RolloutOnly, ScaleOptions, TeacherOnly
 from velatura.plugins.objectives.awm import AWM
 from velatura.plugins.objectives.nft import NFT, NFTOptions
+from velatura.plugins.objectives.regularisers import EmaKL, EmaKLOptions
 from velatura.plugins.objectives.sft import SFT
 
 Make = Callable[..., Any]
@@ -213,6 +215,34 @@ def test_metrics_do_not_depend_on_the_micro_batches(learner: Make, adapter: Tiny
         tallies.append(tally.metrics)
     assert tallies[0].keys() == tallies[1].keys()
     assert tallies[0] == pytest.approx(tallies[1], rel=1e-4)
+
+
+def test_the_old_policy_and_the_average_follow_each_at_its_own_pace(learner: Make) -> None:
+    slow = Term(objective=EmaKL(EmaKLOptions(decay_rate=0.02, decay_max=0.9)), weight=1.0, at="plus.0")
+    learn: Learner = learner(Summed(NFT(NFTOptions(old_decay_rate=0.05)), [slow]))
+    learn.policy.remember("ema")
+    name = next(iter(learn.policy.weights()))
+    before = learn.policy.weights()[name].clone()
+    with torch.no_grad():
+        learn.policy.parameters[name].add_(1)
+    learn.policy.changed()
+    learn.follow(5)
+    torch.testing.assert_close(learn.policy.sets["old"][name] - before, torch.full_like(before, 1 - 0.05 * 5))
+    torch.testing.assert_close(learn.policy.sets["ema"][name] - before, torch.full_like(before, 1 - 0.02 * 5))
+    torch.testing.assert_close(learn.policy.sets["reference"][name], before)
+
+
+def test_a_metric_by_time_is_the_weighted_mean_of_its_quarter_whose_upper_end_is_part_of_it() -> None:
+    t, weight = torch.tensor([0.0, 0.25, 0.26, 0.5, 1.0, 1.0]), torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0, 3.0])
+    zeros, values = torch.zeros(6), torch.tensor([4.0, 8.0, 1.0, 3.0, 0.0, 4.0])
+    halves = [Tally(), Tally()]
+    for own, tally in zip((slice(0, 3), slice(3, 6)), halves, strict=True):
+        where = Points(x=zeros[own], t=t[own], advantage=zeros[own], weight=weight[own])
+        tally.observe("kl", values[own], where)
+    whole = Tally()
+    for tally in halves:
+        whole.include(tally, 1.0)
+    assert whole.reported == pytest.approx({"kl/0.00-0.25": 7.0, "kl/0.25-0.50": 2.0, "kl/0.75-1.00": 3.0})
 
 
 def test_zero_advantage_leaves_the_rest_of_the_points_alone(adapter: TinyWorldAdapter, drawings: Make) -> None:

@@ -53,6 +53,7 @@ def test_a_forward_point_lies_on_the_line_from_its_latents_to_its_noise(drawings
     assert abs(float(noise.std()) - 1) < 0.05
     assert batch.rows.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
     assert points.advantage.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert points.group is not None and points.group.tolist() == batch.rows.tolist()  # what `dgpo` compares
 
 
 def test_weights_sum_to_1_over_all_micro_batches(drawings: Make) -> None:
@@ -149,4 +150,5 @@ def test_trajectory_points_are_the_visited_states(drawings: Make) -> None:
         assert points.weight[n] == weight[k] / 6
         assert points.advantage[n] == [0.5, -1, 2][b]
     assert batch.rows.tolist() == [0, 0, 1, 1, 1, 1]
+    assert points.group is not None and points.group.tolist() == batch.rows.tolist()
     assert points.target is None

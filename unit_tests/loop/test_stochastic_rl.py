@@ -173,6 +173,14 @@ def test_step_weights_are_one_on_average_over_trained_steps(name: StepWeightName
     torch.testing.assert_close(plan.weight, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_a_plans_own_weights_stay_and_a_weight_of_nothing_is_refused() -> None:
+    plan = StepPlan(train=torch.arange(3), stochastic=torch.ones(4).bool(), weight=torch.tensor([1.0, 2.0, 0.0, 5.0]))
+    torch.testing.assert_close(weighted(plan, "dt", DanceSde(), GRID).weight, torch.tensor([0.5, 2.0, 0.0, 10.0]))
+    last = StepPlan.training(torch.tensor([3]), steps=4, noise="all")
+    with pytest.raises(VelaturaError, match=r"'sigma-sqrt-dt' weighs all trained steps \[3\] 0.*kernel 'cps'.*'dt'"):
+        weighted(last, "sigma-sqrt-dt", Cps(), GRID)
+
+
 @pytest.mark.parametrize("kernel", [FlowSde(), DanceSde(), Cps()], ids=lambda kernel: kernel.name)
 def test_the_weight_kl_is_the_factor_of_the_kl_between_two_velocities(kernel: FlowSde | DanceSde | Cps) -> None:
     plan = weighted(StepPlan.training(torch.arange(3), steps=4), "kl", kernel, GRID)

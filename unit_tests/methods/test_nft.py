@@ -147,6 +147,16 @@ def test_learning_from_the_good_alone_leaves_the_others_at_zero_advantage() -> N
     assert torch.equal(told, good) and not torch.allclose(told, both)
 
 
+def test_without_its_negative_part_it_is_regression_weighted_by_r() -> None:
+    where, velocity = points(), velocities()
+    half = NFT(NFTOptions(normalise="none", kl=0, negative_part=False))
+    r = (where.advantage / 10 + 0.5).clamp(0, 1)
+    assert where.target is not None
+    closed = spread(where.weight * 2 * r) * (velocity[Role.CURRENT].detach() - where.target) / D
+    torch.testing.assert_close(gradient(half, where, velocity), closed, atol=1e-12, rtol=1e-9)
+    assert NFT().requires.contrast and not half.requires.contrast  # the self-check does not hold it to a contrast
+
+
 def test_the_kl_adds_its_own_gradient_and_nothing_else() -> None:
     where, velocity = points(), velocities()
     plain, held = (gradient(NFT(NFTOptions(kl=kl)), where, velocity) for kl in (0.0, 0.3))

@@ -14,7 +14,7 @@ from velatura.core.folding import folded_scale
 from velatura.core.recipe import Recipe, Ref
 from velatura.core.registry import Registry
 from velatura.core.seeds import generator
-from velatura.core.step_checks import check_noise, check_solver
+from velatura.core.step_checks import check_noise, check_plans, check_solver
 from velatura.core.summed import Summed, objective_of
 from velatura.core.types import Prompt, Role
 
@@ -45,6 +45,7 @@ def check_learning(recipe: Recipe, registry: Registry, name: str, objective: Pol
     stage: Any = recipe.stage(name)
     check_noise(recipe, registry, name, stage, objective)
     check_solver(recipe, registry, name, stage)
+    check_plans(recipe, registry, name, stage, objective)
     _check_anchor(recipe, name, stage, objective)
     needs = objective.requires
     if not needs.several_updates and stage.updates_per_step > 1 and stage.stage == "rl":

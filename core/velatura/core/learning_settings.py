@@ -37,6 +37,8 @@ SOLVER = (
 
 def sums_to_one(place: str, weights: Mapping[str, Any]) -> None:
     """Weights of several models that are to be one."""
+    if not weights:
+        raise ValueError(f"{place}: nobody is named. Give one, or several with weights that sum to 1")
     for name, weight in weights.items():
         if type(weight) not in (int, float) or not weight > 0:
             raise ValueError(f"{place}: the weight of {name!r} is {weight!r}. Give a number above 0")

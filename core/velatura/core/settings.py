@@ -220,7 +220,9 @@ class DistillStage(Settings):
     @classmethod
     def _weighs_several(cls, value: Any) -> Any:
         for route, teacher in value.items() if isinstance(value, dict) else ():
-            if isinstance(teacher, list) and teacher:
+            if isinstance(teacher, list):
+                if len(teacher) < 2:
+                    raise ValueError(f"{route!r} has a list of {len(teacher)} teacher(s). Write {route}: STAGE")
                 equal = ", ".join(f"{name}: {1 / len(teacher):.3g}" for name in teacher)
                 raise ValueError(
                     f"{route!r} has {len(teacher)} teachers without weights. Say how often each is asked, "

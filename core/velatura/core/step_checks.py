@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from velatura.core.build import build
 from velatura.core.components import GuidancePolicy, Kernel, PolicyObjective, TimestepSampler
-from velatura.core.errors import RecipeError
+from velatura.core.errors import RecipeError, VelaturaError
 from velatura.core.recipe import Recipe
 from velatura.core.registry import Registry
 from velatura.core.seeds import generator
-from velatura.core.steps import OF_THE_NOISE
-from velatura.core.types import Role
+from velatura.core.steps import OF_THE_NOISE, spread
+from velatura.core.types import Role, StepPlan
 
 LOOK = torch.linspace(0, 1, 101)[1:]
 """Times at which guidance scales are compared."""
@@ -77,7 +78,7 @@ def check_solver(recipe: Recipe, registry: Registry, name: str, stage: Any) -> N
     if not kernel.stochastic:
         raise RecipeError(f"{place}: kernel '{kernel.name}' draws no noise, so it takes every step itself. Name "
                           f"'{solver.name}' as the kernel, and leave the solver out.")  # fmt: skip
-    late = _draws_late(recipe, registry, name, stage) if solver.evaluations > 1 else None
+    late = _draws_late(_plans(recipe, registry, name, stage)) if solver.evaluations > 1 else None
     if late is not None:
         raise RecipeError(
             f"{place}: '{solver.name}' is of higher order, and in round {late[0]} step {late[1]} draws noise behind "
@@ -87,12 +88,50 @@ def check_solver(recipe: Recipe, registry: Registry, name: str, stage: Any) -> N
         )
 
 
-def _draws_late(recipe: Recipe, registry: Registry, name: str, stage: Any) -> tuple[int, int] | None:
-    """The first round, and the step in it, that draws noise after one that does not; None where there is none."""
+def check_plans(recipe: Recipe, registry: Registry, name: str, stage: Any, objective: PolicyObjective[Any]) -> None:
+    """A round of which no trained step draws noise, where the objective or the step weight is made of it.
+
+    Raises:
+        RecipeError: with the round, its steps, and those that draw.
+    """
+    if not objective.requires.stochastic_steps and stage.step_weight not in OF_THE_NOISE:
+        return
+    kernel: Kernel[Any] = build(registry, "kernel", stage.kernel)  # type: ignore[assignment]
+    draws = spread(kernel, torch.linspace(1, 0, stage.sampling.steps + 1)) > 0
+    for step, plan in _plans(recipe, registry, name, stage):
+        noisy = draws & plan.stochastic if objective.requires.stochastic_steps else draws
+        if bool(noisy[plan.train].any()):
+            continue
+        why = (
+            "so none has a likelihood to learn from" if objective.requires.stochastic_steps
+            else f"so step_weight '{stage.step_weight}' weighs all of them 0"
+        )  # fmt: skip
+        raise RecipeError(
+            f"{recipe.at(('stages', name, 'timesteps'))}: in round {step} the trained step(s) {plan.train.tolist()} "
+            f"draw no noise, {why}. Kernel '{kernel.name}' can draw on all steps but "
+            f"{torch.nonzero(~draws).flatten().tolist() or 'none'}. Train on more steps in a round, leave these out, "
+            f"take a kernel whose every step draws, such as 'flow-sde', or timesteps that draw where they train."
+        )
+
+
+def _plans(recipe: Recipe, registry: Registry, name: str, stage: Any) -> Iterator[tuple[int, StepPlan]]:
+    """The plan of every round, and of every route of a student, on an even grid; none where that has no step to train
+    on, which the grid of the model may have."""
     timesteps: TimestepSampler[Any] = build(registry, "timesteps", stage.timesteps)  # type: ignore[assignment]
     grid = torch.linspace(1, 0, stage.sampling.steps + 1)
+    routes = [(route,) for route in stage.teachers] if stage.stage == "distill" else [()]
     for step in range(stage.steps):
-        draws = timesteps.plan_at(step, grid, generator(recipe.seed, "plan", step)).stochastic.tolist()
+        for route in routes:
+            try:
+                yield step, timesteps.plan_at(step, grid, generator(recipe.seed, "plan", step, *route))
+            except VelaturaError:
+                return
+
+
+def _draws_late(plans: Iterator[tuple[int, StepPlan]]) -> tuple[int, int] | None:
+    """The first round, and the step in it, that draws noise after one that does not; None where there is none."""
+    for step, plan in plans:
+        draws = plan.stochastic.tolist()
         quiet = draws.index(False) if False in draws else len(draws)
         if True in draws[quiet:]:
             return step, draws.index(True, quiet)

@@ -43,11 +43,19 @@ def weighted(plan: StepPlan, name: StepWeightName, kernel: Kernel[Any], times: T
     `inv-dt` 1 / Delta (GRPO-Guard, arXiv:2510.22319), `sigma-sqrt-dt` the standard deviation of the step
     (TempFlow-GRPO, arXiv:2508.04324), `kl` k^2 / (2 std^2) with k = d mean / d v, the factor between the squared
     distance of two velocities and the KL divergence of their steps.
+
+    Raises:
+        VelaturaError: all trained steps weigh 0.
     """
     if name == "uniform":
         return plan
     raw = _raw(name, kernel, times.detach().cpu().double())
     own = raw[plan.train.cpu()]
+    if not bool((own > 0).any()):
+        raise VelaturaError(
+            f"step_weight '{name}' weighs all trained steps {plan.train.tolist()} 0: none of them draws noise under "
+            f"kernel '{kernel.name}'. Train on other steps, or take step_weight 'dt'."
+        )
     return replace(plan, weight=plan.weight * (raw / own.mean()).to(plan.weight))
 
 

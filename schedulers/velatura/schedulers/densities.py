@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from velatura.api import StepPlan, TimestepSampler
-from velatura.schedulers.timesteps import UniformOptions, candidates, draw
+from velatura.schedulers.timesteps import UniformOptions, candidates, draw, none_left
 
 
 class BetaOptions(UniformOptions):
@@ -54,6 +54,10 @@ class Beta(TimestepSampler[BetaOptions]):
         below = torch.from_numpy(betainc(options.a, options.b, grid.clamp(0, 1).numpy()))
         return _by_mass(below, t, options, generator)
 
+    def complaint(self, steps: int) -> str:
+        """A grid of which no step is left."""
+        return none_left(self.options, steps)
+
 
 class LogitNormal(TimestepSampler[LogitNormalOptions]):
     """`count` steps without replacement, drawn by a logit-normal density: logit t ~ N(mean, std^2).
@@ -68,6 +72,10 @@ class LogitNormal(TimestepSampler[LogitNormalOptions]):
         """`count` of the steps of the grid t [K + 1]."""
         score = (t.detach().cpu().double().logit() - self.options.mean) / self.options.std
         return _by_mass(torch.special.ndtr(score), t, self.options, generator)
+
+    def complaint(self, steps: int) -> str:
+        """A grid of which no step is left."""
+        return none_left(self.options, steps)
 
 
 def _by_mass(below: Tensor, t: Tensor, options: UniformOptions, generator: torch.Generator) -> StepPlan:

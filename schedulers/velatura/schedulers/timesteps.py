@@ -62,6 +62,10 @@ class All(TimestepSampler[AllOptions]):
         train = candidates(t, self.options.drop_first, floor=0.0)
         return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
 
+    def complaint(self, steps: int) -> str:
+        """A grid of which no step is left."""
+        return none_left(self.options, steps)
+
 
 class Uniform(TimestepSampler[UniformOptions]):
     """`count` steps without replacement, all equally likely."""
@@ -73,6 +77,10 @@ class Uniform(TimestepSampler[UniformOptions]):
         steps = candidates(t, self.options.drop_first, floor=0.0)
         train = draw(steps, torch.zeros(len(steps), dtype=torch.float64), self.options.count, generator)
         return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
+
+    def complaint(self, steps: int) -> str:
+        """A grid of which no step is left."""
+        return none_left(self.options, steps)
 
 
 class HighNoise(TimestepSampler[HighNoiseOptions]):
@@ -90,6 +98,10 @@ class HighNoise(TimestepSampler[HighNoiseOptions]):
         log_weight = self.options.power * t.detach().cpu().double()[steps].log()
         train = draw(steps, log_weight, self.options.count, generator)
         return StepPlan.training(train, steps=len(t) - 1, noise=self.options.noise)
+
+    def complaint(self, steps: int) -> str:
+        """A grid of which no step is left."""
+        return none_left(self.options, steps)
 
 
 class Stratified(TimestepSampler[StratifiedOptions]):
@@ -128,6 +140,16 @@ class Stratified(TimestepSampler[StratifiedOptions]):
     def _end(self, steps: int) -> int:
         """One past the last step that may be trained on; the small term undoes binary rounding of the share."""
         return int(self.options.within * steps + 1e-9)
+
+
+def none_left(options: AllOptions | UniformOptions, steps: int) -> str:
+    """What to say where the first of `steps` steps is left out, and there is no other; empty where there is."""
+    if steps > int(options.drop_first):
+        return ""
+    return (
+        "a grid of one step leaves none to train on beside the first, which drop_first leaves out. Set drop_first: "
+        "false, or take more sampling.steps."
+    )
 
 
 def candidates(t: Tensor, drop_first: bool, floor: float) -> Tensor:

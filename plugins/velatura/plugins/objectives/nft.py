@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -40,6 +41,9 @@ class NFTOptions(Options):
     positive_only: bool = Field(
         False, description="Learn only from samples better than their group: advantages below 0 count as 0."
     )
+    negative_part: bool = Field(
+        True, description="Learn from the negative policy v-, too; false drops its term, which the source saw collapse."
+    )
     old_decay_rate: float = Field(0.001, ge=0, description="The old policy's EMA decay grows by this each step.")
     old_decay_max: float = Field(0.5, ge=0, lt=1, description="The old policy's EMA decay never exceeds this.")
 
@@ -52,7 +56,8 @@ class NFT(PolicyObjective[NFTOptions]):
       `none`      l(v) = mean (v - u)^2; then dL/dv = 2 beta^2 (v - v_old) + 2 beta (2r - 1)(v_old - u), over dims;
       `adaptive`  l(v) = A_max / beta * mean e^2 / max(sg mean |e|, 1e-5), e = t (v - u) = x_0 - x_0-estimate.
 
-    u = eps - x_0 of samples of the old policy; r = 1/2 and v = v_old give a policy gradient of exactly 0. Only CURRENT
+    Without `negative_part` L_n = r l(v+) + KL, the source's ablation: then bad samples are imitated a little less, never
+    pushed away, and r = 1/2 still moves the policy. u = eps - x_0 of samples of the old policy; with both parts r = 1/2 and v = v_old give a policy gradient of exactly 0. Only CURRENT
     carries gradient. The old policy follows the current one: old <- d old + (1 - d) current, d = min(rate step, max).
     """
 
@@ -60,6 +65,11 @@ class NFT(PolicyObjective[NFTOptions]):
     requires = Requirements(
         roles=frozenset({Role.CURRENT, Role.OLD, Role.REFERENCE}), rollout_role=Role.OLD, advantage=True
     )
+
+    def __init__(self, options: NFTOptions | None = None) -> None:
+        super().__init__(options)
+        if not self.options.negative_part:
+            self.requires = replace(self.requires, contrast=False)
 
     def roles(self) -> frozenset[Role]:
         """REFERENCE only with a KL."""
@@ -79,7 +89,7 @@ class NFT(PolicyObjective[NFTOptions]):
         limit = self.options.max_advantage
         least = 0.5 if self.options.positive_only else 0.0
         r = (points.advantage.to(current.dtype) / (2 * limit) + 0.5).clamp(least, 1)
-        policy = r * positive + (1 - r) * negative
+        policy = r * positive + (1 - r) * negative * self.options.negative_part
         metrics = {
             "policy": average(policy, points),
             "positive": average(positive, points),
