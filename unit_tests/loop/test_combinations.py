@@ -130,6 +130,14 @@ def test_a_sum_needs_what_any_of_its_objectives_needs(registry: Registry) -> Non
     needs = found.requires
     assert (needs.points, needs.advantage, needs.whole_group, needs.contrast) == ("forward", True, True, False)
     assert (found.old_decay(500), found.ema_decay(100)) == (0.0, 0.1)
+    assert needs.shared_noise and needs.several_updates and not needs.stochastic_steps
+    once = load_recipe(TINY, [f"{T}.objective=odd/once", f"{T}.plus=[{{use: velocity-kl}}]"])
+    assert not objective_at(once, registry, "teacher_t2i").requires.several_updates
+    noisy = objective_at(
+        load_recipe(TINY, [*NOISY, f"{T}.objective=flow-grpo", f"{T}.plus=[{{use: velocity-kl}}]"]), registry,
+        "teacher_t2i",
+    )  # fmt: skip
+    assert noisy.requires.stochastic_steps and noisy.requires.rollout_role is Role.OLD
 
 
 def test_a_sum_is_the_sum_of_losses_and_of_gradients(registry: Registry) -> None:

@@ -135,3 +135,18 @@ def test_its_states_go_through_the_network_in_batches_of_the_sampler(
     ):
         assert [len(part.points.x) for part in probe.batches] == sizes
         assert [len(target) for target in probe.targets] == sizes
+
+
+def test_drift_is_a_mean_square_and_a_ratio_of_sizes_over_all_its_states(
+    learner: Make, sampler: Make, drawings: Make
+) -> None:
+    probe, learn = of_the_start(learner, sampler, drawings(5))
+    assert probe.drift(learn) == {"probe/kl": 0.0, "probe/norm_ratio": pytest.approx(1)}
+    with torch.no_grad():
+        for weight in learn.policy.parameters.values():
+            weight.mul_(1.1)
+    learn.policy.changed()
+    now, start = torch.cat([learn.current_velocity(batch) for batch in probe.batches]), torch.cat([*probe.targets])
+    closed = {"probe/kl": float((now - start).square().mean()), "probe/norm_ratio": float(now.norm() / start.norm())}
+    assert closed["probe/kl"] > 1e-4 and abs(closed["probe/norm_ratio"] - 1) > 0.01
+    assert probe.drift(learn) == pytest.approx(closed, rel=1e-4)

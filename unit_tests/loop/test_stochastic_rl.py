@@ -69,6 +69,9 @@ def test_two_rounds_of_flow_grpo_start_at_ratio_one_and_move_the_weights(
         assert points.log_prob is not None
         gap = (draw.kernel.log_prob(draw.x_next, draw.old) - points.log_prob).abs().max()
         share = float(points.advantage.abs().sum())
+        noise = draw.old.std.flatten()  # step_weight: sigma-sqrt-dt
+        torch.testing.assert_close(points.weight / points.weight.sum(), noise / noise.sum())
+        assert float(points.weight.sum()) == pytest.approx(1, rel=1e-5) and len(points.weight.unique()) == 2
         seen.append((float(draw.log_ratio.detach().abs().max()), float(gap), share))
         return plain(self, points, velocity)
 

@@ -62,11 +62,11 @@ def test_the_band_keeps_what_is_neither_solved_nor_too_hard() -> None:
 
 
 def test_with_a_mark_to_pass_the_band_is_one_of_pass_rates() -> None:
-    groups = [[7.0, 8, 9, 7], [1.0, 2, 3, 4], [1.0, 9, 9, 1], [7.0, 1, 1, 1]]
+    groups = [[7.0, 8, 9, 7], [1.0, 2, 3, 4], [1.0, 9, 9, 1], [7.0, 1, 1, 1], [7.0, 7, 7, 1]]
     band = DifficultyBand(DifficultyBandOptions(pass_at=7, low=0.25, high=0.75))
     decided = band.admit(report(groups))
-    assert decided.statistic.tolist() == [1.0, 0.0, 0.5, 0.25]
-    assert decided.state == ("solved", "too_hard", "active", "active")
+    assert decided.statistic.tolist() == [1.0, 0.0, 0.5, 0.25, 0.75]
+    assert decided.state == ("solved", "too_hard", "active", "active", "active")  # both ends are within
     assert "pass rate 1 > 0.75" in decided.reason[0]
 
 
