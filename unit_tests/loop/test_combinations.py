@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from velatura.api import Kernel, Loss, NoOptions, Points, PolicyObjective, Requirements, Role, hookimpl
+from velatura.api import (
+    GuidancePolicy,
+    Kernel,
+    Loss,
+    NoOptions,
+    Points,
+    PolicyObjective,
+    Requirements,
+    Role,
+    hookimpl,
+)
 from velatura.core.build import build
 from velatura.core.check import check_combinations
 from velatura.core.errors import RecipeError
@@ -30,13 +40,27 @@ class Once(PolicyObjective[NoOptions]):
         return Loss(value=(points.weight * points.advantage * velocity[Role.CURRENT].flatten(1).mean(1)).sum())
 
 
+class Half(GuidancePolicy[NoOptions]):
+    """Guides what draws and what learns, and not the old policy."""
+
+    name = "half"
+
+    def scale(self, role: Role, t: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(t, 2.0 if role in (Role.ROLLOUT, Role.CURRENT) else 1.0)
+
+
 class Plugin:
-    """It."""
+    """Both."""
 
     @staticmethod
     @hookimpl
     def velatura_objective() -> list[type[Once]]:
         return [Once]
+
+    @staticmethod
+    @hookimpl
+    def velatura_guidance() -> list[type[Half]]:
+        return [Half]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +100,8 @@ REFUSED = [
     ((f"{S}.kernel=cps", f"{S}.distiller=opd-kl", f"{S}.timesteps={{use: uniform, with: {{count: 1}}}}"),
      r"student.timesteps: in round . the trained step.s. \[2\] draw no noise"),
     ((f"{S}.step_weight=sigma-sqrt-dt",), "student.step_weight: 'sigma-sqrt-dt' is made of the noise"),
+    ((f"{T}.kernel=flow-sde", f"{T}.guidance=odd/half", f"{T}.objective=flow-grpo"),
+     "guidance 'half' draws samples under another guidance than it trains under.*'both' or 'none'"),
     ((f"{S}.distiller=opd-kl",), "'opd-kl' needs stochastic steps, but kernel 'ode' has none.*'velocity-match'.*dt2"),
     ((f"{S}.plus=[{{use: nft}}]",), "visited: they have no state in common"),
     ((f"{S}.kernel=flow-sde", f"{S}.plus=[{{use: flow-grpo}}]"), "'flow-grpo' learns from rewards, which a distill"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from loguru import logger
 from safetensors.torch import load_file
 from torch import Tensor
 
+from velatura.api import Role
 from velatura.core.errors import RecipeError
 from velatura.core.pipeline import run_pipeline
+from velatura.core.stages import distill
 from velatura.core.stages.merge import merged_linearly, merged_products
 
 A, B = "block.lora_A.policy.weight", "block.lora_B.policy.weight"
@@ -134,11 +138,23 @@ stages:
 """
 
 
+STUDENTS: set[Role] = set()
+"""Under whose guidance students drew."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     base = tmp_path_factory.mktemp("mixtures")
     (base / "mix.yaml").write_text(RECIPE)
-    yield run_pipeline(base / "mix.yaml", [f"output={base / 'run'}"])
+    plain = distill.rollout
+
+    def noted(net: Any, sampler: Any, *rest: Any, **more: Any) -> Any:
+        STUDENTS.add(sampler.role)
+        return plain(net, sampler, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "rollout", noted)
+        yield run_pipeline(base / "mix.yaml", [f"output={base / 'run'}"])
     logger.remove()
 
 
@@ -148,6 +164,21 @@ def rows(folder: Path, stage: str) -> list[dict[str, float]]:
 
 def weights(folder: Path, stage: str) -> dict[str, Tensor]:
     return load_file(folder / stage / "weights.safetensors")
+
+
+def test_a_student_draws_under_its_own_guidance_as_its_loss_does(folder: Path) -> None:
+    assert folder.exists() and STUDENTS == {Role.CURRENT}  # else a ratio would not be that of the policy that drew
+
+
+def test_every_number_of_these_runs_is_explained(folder: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    names = re.findall(r"`([\w/<>-]+)`", page)
+    known = [re.compile(re.sub(r"<[\w-]+>", ".+", name)) for name in names if name != "plus/<name>"]
+    logged = {name for stage in ("warm", "one", "two", "single", "twin", "mixed", "graded") for name in
+              rows(folder, stage)[0].keys() | rows(folder, stage)[-1].keys()}  # fmt: skip
+    plain = {re.sub(r"^plus/[\w-]+/?", "", name) for name in logged} - {"", "step"}
+    assert "plus/<name>" in names and len(plain) > 60
+    assert {name for name in plain if not any(one.fullmatch(name) for one in known)} == set()
 
 
 def test_a_merged_model_is_the_mean_of_its_models(folder: Path) -> None:
