@@ -92,9 +92,9 @@ REFUSED = [
       "every: 2}}"), "'heun' is of higher order, and in round 2 step 1 draws noise behind steps that do not.*'ode'"),
     ((f"{T}.timesteps={{use: window, with: {{width: 4}}}}",), "a window of 4 step.* does not fit on the grid of 3"),
     ((f"{T}.timesteps={{use: stratified, with: {{within: 0.2}}}}",), "within 0.2 of 3 step.* leaves none"),
-    ((f"{T}.timesteps=uniform", f"{T}.sampling.steps=1"), "timesteps: a grid of one step leaves none .*drop_first: fal"),
-    ((*NOISY, f"{T}.kernel=cps", f"{T}.objective=flow-grpo", f"{T}.timesteps={{use: window, with: {{width: 1, every: 2}}}}"),
-     r"timesteps: in round 4 the trained step.s. \[2\] draw no noise, so none has a likelihood.*all steps but \[2\]"),
+    ((f"{T}.timesteps=uniform", f"{T}.sampling.steps=1"), "timesteps: a grid of one step leaves none .*drop_first"),
+    ((*NOISY, f"{T}.kernel=cps", f"{T}.objective=flow-grpo", f"{T}.timesteps={{use: window, with: {{width: 1, every: "
+      "2}}"), r"timesteps: in round 4 the trained step.s. \[2\] draw no noise, so none has a likelihood.*but \[2\]"),
     ((f"{T}.kernel=cps", f"{T}.step_weight=kl", f"{T}.timesteps={{use: window, with: {{width: 1, start: 2}}}}"),
      r"timesteps: in round 0 .*\[2\] draw no noise, so step_weight 'kl' weighs all of them 0.*'flow-sde'"),
     ((f"{S}.kernel=cps", f"{S}.distiller=opd-kl", f"{S}.timesteps={{use: uniform, with: {{count: 1}}}}"),

@@ -167,7 +167,7 @@ def weights(folder: Path, stage: str) -> dict[str, Tensor]:
 
 
 def test_a_student_draws_under_its_own_guidance_as_its_loss_does(folder: Path) -> None:
-    assert folder.exists() and STUDENTS == {Role.CURRENT}  # else a ratio would not be that of the policy that drew
+    assert folder.exists() and {Role.CURRENT} == STUDENTS  # else a ratio would not be that of the policy that drew
 
 
 def test_every_number_of_these_runs_is_explained(folder: Path) -> None:

@@ -46,8 +46,8 @@ def test_the_plan_of_a_round_has_the_stage_s_weights_and_only_steps_with_a_likel
     config = SimpleNamespace(step_weight="t")
     for objective, kernel, trained in ((VelocityMatch(), Ode(), [0, 1, 2, 3]), (OPDKL(), Cps(), [0, 1, 2])):
         parts = {
-            "stage": SimpleNamespace(seed=3, config=config), "timesteps": All(), "sampler": SimpleNamespace(kernel=kernel),
-            "learner": SimpleNamespace(objective=objective),
+            "stage": SimpleNamespace(seed=3, config=config), "timesteps": All(),
+            "sampler": SimpleNamespace(kernel=kernel), "learner": SimpleNamespace(objective=objective),
         }  # fmt: skip
         plan = replace(loop(1), **parts)._plan(0, "t2i", TIMES)  # type: ignore[arg-type]
         assert plan.train.tolist() == trained

@@ -1,4 +1,4 @@
-"""What objectives and distillers log: every number is what docs/metrics.md says that it is, and none is missing there."""
+"""What objectives and distillers log: every number is what docs/metrics.md says, and none is missing there."""
 
 from __future__ import annotations
 

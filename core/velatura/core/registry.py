@@ -16,6 +16,7 @@ from velatura.core.contracts import CONTRACTS
 from velatura.core.deprecation import deprecated, has_ended
 from velatura.core.describe import summary_of
 from velatura.core.errors import PluginError, RecipeError, prefixed, suggest
+from velatura.core.other_names import called_otherwise
 from velatura.core.plugin import HOOK, Offer, Origin, import_file, load, new_manager, offers
 
 DISTRIBUTION = "velatura"
@@ -194,7 +195,8 @@ class Registry:
         if not matches:
             known = {offer.name for offer in there if not offer.renamed}
             other = self._of_another_kind(kind, short, origins)
-            raise RecipeError(prefixed(at, f"no {kind} is called {name!r}.{other}{suggest(name, known)}"))
+            hint = called_otherwise(kind, name) or f"{other}{suggest(name, known)}"
+            raise RecipeError(prefixed(at, f"no {kind} is called {name!r}.{hint}"))
         if len(matches) > 1:
             owners = " and ".join(str(offer.origin) for offer in matches)
             raise PluginError(prefixed(at, f"two components of kind {kind} are called {name!r}: one of {owners}"))

@@ -56,9 +56,10 @@ class NFT(PolicyObjective[NFTOptions]):
       `none`      l(v) = mean (v - u)^2; then dL/dv = 2 beta^2 (v - v_old) + 2 beta (2r - 1)(v_old - u), over dims;
       `adaptive`  l(v) = A_max / beta * mean e^2 / max(sg mean |e|, 1e-5), e = t (v - u) = x_0 - x_0-estimate.
 
-    Without `negative_part` L_n = r l(v+) + KL, the source's ablation: then bad samples are imitated a little less, never
-    pushed away, and r = 1/2 still moves the policy. u = eps - x_0 of samples of the old policy; with both parts r = 1/2 and v = v_old give a policy gradient of exactly 0. Only CURRENT
+    u = eps - x_0 of samples of the old policy; r = 1/2 and v = v_old give a policy gradient of exactly 0. Only CURRENT
     carries gradient. The old policy follows the current one: old <- d old + (1 - d) current, d = min(rate step, max).
+    Without `negative_part`, the source's ablation, L_n = r l(v+) + KL: bad samples are imitated less, not pushed away,
+    and r = 1/2 moves the policy.
     """
 
     name = "nft"
