@@ -48,14 +48,17 @@ def answers(model: TinyWorldAdapter, net: nn.Module, prompts: list[Prompt], seed
         return model.velocity(net, x, torch.full((len(x),), 0.7), model.encode(prompts), rows)
 
 
+@pytest.mark.parametrize("patch", [6, 4])
 @pytest.mark.parametrize("make", [drawings, edits])
-def test_a_sample_does_not_depend_on_the_batch_it_is_in(make: object) -> None:
-    model, net = adapter(), awake(adapter().load(CPU))
+def test_a_sample_does_not_depend_on_the_batch_it_is_in(make: object, patch: int) -> None:
+    model = adapter(patch=patch)
+    net = awake(model.load(CPU))
     prompts = (drawings if make is drawings else edits)("a red circle on white", "blue", "two green squares")
     together = answers(model, net, prompts, [1, 2, 3])
     alone = torch.cat([answers(model, net, [prompt], [seed]) for prompt, seed in zip(prompts, (1, 2, 3), strict=True)])
     assert (together - alone).abs().max() < 1e-5  # fp32 sums in another order
     assert together.abs().max() > 0.1
+    assert together.shape == (3, (24 // patch) ** 2, 48)
 
 
 def test_text_and_source_both_matter() -> None:

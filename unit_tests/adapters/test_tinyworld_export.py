@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ CPU = torch.device("cpu")
 STEPS, SCALE, SEED = 6, 2.5, 3
 
 
-def trained(rank: int | None) -> tuple[TinyWorldAdapter, nn.Module]:
+def trained(rank: int | None, patch: Literal[6, 4] = 6) -> tuple[TinyWorldAdapter, nn.Module]:
     """A network with weights that are all different from their start, LoRA included."""
-    options = TinyWorldAdapterOptions(weights=None, width=32, heads=2, layers=2, shift=3.0, lora_rank=rank)
+    options = TinyWorldAdapterOptions(weights=None, patch=patch, width=32, heads=2, layers=2, shift=3.0, lora_rank=rank)
     model, draw = TinyWorldAdapter(options), torch.Generator().manual_seed(0)
     net = model.load(CPU)
     with torch.no_grad():
@@ -49,28 +50,30 @@ def pixels(image: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 
 def test_the_exported_script_draws_and_edits_what_the_rollout_did_without_velatura(tmp_path: Path) -> None:
-    model, net = trained(rank=2)
+    made = {"coarse": trained(rank=2), "fine": trained(rank=None, patch=4)}
     source = (torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(1)) * 255).round() / 255
     Image.fromarray(pixels(source)).save(tmp_path / "in.png")
     drawing = Prompt(id="d", text="a red circle on white", task="t2i")
     edit = Prompt(id="e", text="make the circle blue", task="edit", sources=(source,))
-    model.export(net, tmp_path / "model", info={"guidance_scale": SCALE, "steps": STEPS})
-    runs = [
-        [drawing.text, "d.png", "--seed", str(SEED)],
-        [edit.text, "e.png", "--seed", str(SEED), "--source", "in.png"],
-    ]
+    runs = []
+    for name, (model, net) in made.items():
+        model.export(net, tmp_path / name, info={"guidance_scale": SCALE, "steps": STEPS})
+        runs += [
+            [f"{name}/sample.py", drawing.text, f"{name}-d.png", "--seed", str(SEED)],
+            [f"{name}/sample.py", edit.text, f"{name}-e.png", "--seed", str(SEED), "--source", "in.png"],
+        ]
     program = (
-        "import json, runpy, sys\n"  # one interpreter for both runs: importing diffusers is most of the time
+        "import json, runpy, sys\n"  # one interpreter for all runs: importing diffusers is most of the time
         "for run in json.loads(sys.argv[1]):\n"
-        "    sys.argv = ['model/sample.py', *run]\n"
+        "    sys.argv = run\n"
         "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "assert 'velatura' not in sys.modules\n"
     )
     command = [sys.executable, "-c", program, json.dumps(runs)]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
-    for prompt in (drawing, edit):
-        drawn = np.asarray(Image.open(tmp_path / f"{prompt.id}.png")).astype(int)
-        mine = pixels(rollout(model, net, prompt)).astype(int)
+    for name, prompt in product(made, (drawing, edit)):
+        drawn = np.asarray(Image.open(tmp_path / f"{name}-{prompt.id}.png")).astype(int)
+        mine = pixels(rollout(*made[name], prompt)).astype(int)
         assert np.abs(drawn - mine).max() <= 1  # fp32 rounding may fall on the other side of half a level
         assert mine.std() > 20
 

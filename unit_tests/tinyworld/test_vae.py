@@ -13,9 +13,10 @@ def held_out():
     return list(prompts)
 
 
-def test_patches_are_put_back_where_they_were():
+@pytest.mark.parametrize("patch", [6, 4])
+def test_patches_are_put_back_where_they_were(patch):
     images = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(unpatch(patches(images)), images)
+    assert torch.equal(unpatch(patches(images, patch), patch), images)
 
 
 def test_a_token_sees_its_own_patch_only():
@@ -23,11 +24,14 @@ def test_a_token_sees_its_own_patch_only():
     images[0, :, 6:12, 12:18] = 1  # second row, third column: token 6
     changed = (load_vae().encode(images) != load_vae().encode(torch.zeros(1, 3, 24, 24))).any(2)
     assert changed.nonzero().tolist() == [[0, 6]]
+    fine = (load_vae(4).encode(images) != load_vae(4).encode(torch.zeros(1, 3, 24, 24))).any(2)
+    assert fine.nonzero()[:, 1].tolist() == [9, 10, 15, 16]  # rows 4 to 12, columns 12 to 20
 
 
-def test_latents_have_unit_deviation_overall(held_out):
-    latents = load_vae().encode(torch.stack([prompt.target for prompt in held_out]))
-    assert latents.shape == (390, 16, 48)
+@pytest.mark.parametrize(("patch", "tokens"), [(6, 16), (4, 36)])
+def test_latents_have_unit_deviation_overall(held_out, patch, tokens):
+    latents = load_vae(patch).encode(torch.stack([prompt.target for prompt in held_out]))
+    assert latents.shape == (390, tokens, 48)
     assert float(latents.std()) == pytest.approx(1, abs=0.1)
 
 
@@ -43,6 +47,11 @@ def test_encoding_what_was_decoded_changes_nothing_inside_the_range():
     latents = vae.encode(torch.full((1, 3, 24, 24), 0.5))
     latents = latents + 0.01 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(vae.encode(vae.decode(latents)), latents, atol=1e-5)
+
+
+def test_patches_of_four_pixels_lose_nothing(held_out):
+    vae, images = load_vae(4), torch.stack([prompt.target for prompt in held_out[:50]])
+    assert torch.allclose(vae.decode(vae.encode(images)), images.clamp(0, 1), atol=1e-5)
 
 
 def test_decoding_is_clamped():

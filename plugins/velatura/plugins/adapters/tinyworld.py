@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -23,11 +23,11 @@ from velatura.plugins.adapters.qwen_image_21_network import (
 from velatura.plugins.adapters.tinyworld_export import write_export
 from velatura.plugins.tinyworld import vae, words
 
-BUILTIN = Path(words.__file__).with_name("base.safetensors")
-"""The checkpoint that ships with the package."""
+HOME = Path(words.__file__).parent
+BUILTIN = {6: HOME / "base.safetensors", 4: HOME / "base-4.safetensors"}
+"""The checkpoints that ship with the package, by the side of a patch."""
 
-TARGET = Grid(1, vae.GRID, vae.GRID)
-PIXELS = vae.GRID * vae.PATCH
+PIXELS = vae.PIXELS
 
 
 class TinyWorldAdapterOptions(Options):
@@ -39,6 +39,12 @@ class TinyWorldAdapterOptions(Options):
         "seen from the recipe; null starts from scratch.",
     )
     seed: int = Field(0, ge=0, description="Draws fresh weights, and the fresh half of LoRA weights.")
+    patch: Literal[6, 4] = Field(
+        6,
+        description="Pixels of a token's side: 6 makes 16 tokens of a picture, 4 makes 36, which costs about twice as "
+        "much and leaves more room between layout and texture. Each has a `builtin` checkpoint, for text-to-image "
+        "alone where it is 4.",
+    )
     width: int = Field(96, ge=16, description="Channels of a token; a multiple of 16 per head.")
     layers: int = Field(6, ge=1, description="Transformer blocks.")
     heads: int = Field(3, ge=1, description="Attention heads.")
@@ -62,8 +68,8 @@ class TinyWorldAdapterOptions(Options):
 class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
     """Text to image, and edits through the condition-image tokens, in one network.
 
-    Latents are [B 16 48]: a 4 x 4 grid of 6 x 6 pixel patches. Before them come 16 tokens of the source image, if any,
-    and 12 words.
+    Latents are [B T 48]: a 4 x 4 grid of 6 x 6 pixel patches (T = 16), or 6 x 6 of 4 x 4 (T = 36). Before them come
+    as many tokens of the source image, if any, and 12 words.
     """
 
     name = "tinyworld"
@@ -72,7 +78,8 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
         """No options are the shipped checkpoint, all weights trainable."""
         super().__init__(options)
         self._context: Context | None = None
-        self._vae = vae.load_vae()
+        self._vae = vae.load_vae(self.options.patch)
+        self._target = Grid(1, PIXELS // self.options.patch, PIXELS // self.options.patch)
 
     def setup(self, context: Context) -> None:
         """Remember where the recipe is: a relative path in `weights` starts there."""
@@ -104,12 +111,12 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
         return prepare(net, _own(cond))
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, rows: Tensor) -> Tensor:
-        """dx/dt [N 16 48] at x [N 16 48], t [N]; point n belongs to row rows[n] of `cond`, prepared or not."""
+        """dx/dt [N T 48] at x [N T 48], t [N]; point n belongs to row rows[n] of `cond`, prepared or not."""
         return velocity(net, x, t, _own(cond), rows)
 
     def noise(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
-        """[B 16 48] fp32 standard normal, a generator per seed."""
-        shape = (TARGET.tokens, vae.CHANNELS)
+        """[B T 48] fp32 standard normal, a generator per seed."""
+        shape = (self._target.tokens, vae.CHANNELS)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def times(self, steps: int, prompt: Prompt | None = None) -> Tensor:
@@ -120,11 +127,11 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
         return torch.cat([shifted, torch.zeros(1)])
 
     def decode(self, x: Tensor, prompt: Prompt | None = None) -> Tensor:
-        """Latents [B 16 48] to images [B 3 24 24], RGB in [0, 1]."""
+        """Latents [B T 48] to images [B 3 24 24], RGB in [0, 1]."""
         return self._vae.to(x.device).decode(x)
 
     def latents(self, images: Tensor) -> Tensor:
-        """Images [B 3 24 24] to x_0 [B 16 48]."""
+        """Images [B 3 24 24] to x_0 [B T 48]."""
         return self._vae.to(images.device).encode(images)
 
     def export(self, net: nn.Module, folder: Path, *, info: Mapping[str, Any]) -> None:
@@ -137,7 +144,7 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
 
     def describe(self) -> Mapping[str, Any]:
         """Parameters, tokens of a sample, image size, and the source of the weights."""
-        options = self.options
+        options, tokens = self.options, self._target.tokens
         net = _fresh(options)
         total = sum(weight.numel() for weight in net.parameters())
         if options.lora_rank is not None:
@@ -146,7 +153,7 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
         return {
             "parameters": total,
             "trainable parameters": sum(weight.numel() for weight in net.parameters() if weight.requires_grad),
-            "tokens per sample": f"{words.LENGTH} text (+ {TARGET.tokens} source) | {TARGET.tokens} target",
+            "tokens per sample": f"{words.LENGTH} text (+ {tokens} source) | {tokens} target",
             "image size": f"{PIXELS} x {PIXELS}",
             "weights": source,
         }
@@ -170,22 +177,22 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
         # keeps every attention call without a mask, and gives the causal text tokens room that has read all of it.
         text, _ = words.encode(texts)
         if sources is None:
-            return QwenImage21Conditioning.of(text, _layout(edits=False))
-        slots = text.new_zeros(len(text), TARGET.tokens // 4, text.shape[2])
+            return QwenImage21Conditioning.of(text, _layout(self._target, edits=False))
+        slots = text.new_zeros(len(text), self._target.tokens // 4, text.shape[2])
         text = torch.cat([slots, text], dim=1)
-        return QwenImage21Conditioning.of(text, _layout(edits=True), sources=self.latents(sources))
+        return QwenImage21Conditioning.of(text, _layout(self._target, edits=True), sources=self.latents(sources))
 
     def _weights_file(self, weights: str) -> Path:
         if weights == "builtin":
-            return BUILTIN
+            return BUILTIN[self.options.patch]
         path = Path(weights) if self._context is None else self._context.resolve(weights)
         return path / "transformer" / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
 
 
-def _layout(*, edits: bool) -> Layout:
+def _layout(target: Grid, *, edits: bool) -> Layout:
     """The source image comes before the text, as in the large model, so that the instruction can look at it."""
-    slots = (True,) * (TARGET.tokens // 4 if edits else 0) + (False,) * words.LENGTH
-    return Layout(slots=slots, sources=(TARGET,) if edits else (), target=TARGET)
+    slots = (True,) * (target.tokens // 4 if edits else 0) + (False,) * words.LENGTH
+    return Layout(slots=slots, sources=(target,) if edits else (), target=target)
 
 
 def _own(cond: Conditioning) -> QwenImage21Conditioning:

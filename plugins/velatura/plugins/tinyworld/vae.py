@@ -1,7 +1,8 @@
-"""The autoencoder of the world: a fixed principal component basis of 6 x 6 patches."""
+"""The autoencoder of the world: a fixed principal component basis of square patches, of 6 or of 4 pixels a side."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,18 +14,18 @@ from torch import Tensor, nn
 
 from velatura.plugins.tinyworld.task import TinyWorldOptions, WorldPrompts
 
-PATCH = 6
-GRID = 4
+PIXELS = 24
 CHANNELS = 48
-TOKENS = GRID * GRID
-FILE = Path(__file__).with_name("vae.safetensors")
+FILES = {6: Path(__file__).with_name("vae.safetensors"), 4: Path(__file__).with_name("vae-4.safetensors")}
+"""Pixels of a patch's side -> the basis that ships: 6 makes 16 tokens of a picture, 4 makes 36 and loses nothing."""
 
 
 class PcaVae(nn.Module):
-    """Pictures [B, 3, 24, 24] to latents [B, 16, 48] and back: one token per 6 x 6 patch, row-major.
+    """Pictures [B, 3, 24, 24] to latents [B, T, 48] and back: one token per patch of p x p pixels, row-major.
 
-    z = (patch - mean) basis / scale. The scale is the square root of a component's deviation, up to one factor that
-    gives latents an overall deviation of 1: strong components stay stronger than weak ones, by less than in pixels.
+    z = (patch - mean) basis / scale, T = (24 / p)^2. The scale is the square root of a component's deviation, up to one
+    factor that gives latents an overall deviation of 1: strong components stay stronger than weak ones, by less than
+    in pixels.
     """
 
     mean: Tensor
@@ -32,34 +33,41 @@ class PcaVae(nn.Module):
     scale: Tensor
 
     def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor) -> None:
-        """Mean [108], orthonormal basis [108, 48], scale [48]."""
+        """Mean [3 p^2], orthonormal basis [3 p^2, 48], scale [48]."""
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("basis", basis)
         self.register_buffer("scale", scale)
 
+    @property
+    def patch(self) -> int:
+        """Pixels of a patch's side, p."""
+        return math.isqrt(len(self.mean) // 3)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """[B, 3, 24, 24] in [0, 1] to [B, 16, 48]."""
-        return (patches(images.float()) - self.mean) @ self.basis / self.scale
+        """[B, 3, 24, 24] in [0, 1] to [B, T, 48]."""
+        return (patches(images.float(), self.patch) - self.mean) @ self.basis / self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 16, 48] to [B, 3, 24, 24], clamped to [0, 1]."""
+        """[B, T, 48] to [B, 3, 24, 24], clamped to [0, 1]."""
         flat = (latents.float() * self.scale) @ self.basis.T + self.mean
-        return unpatch(flat).clamp(0, 1)
+        return unpatch(flat, self.patch).clamp(0, 1)
 
 
-def patches(images: Tensor) -> Tensor:
-    """[B, 3, 24, 24] to [B, 16, 108]."""
-    blocks = images.reshape(len(images), 3, GRID, PATCH, GRID, PATCH)
-    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(len(images), TOKENS, 3 * PATCH * PATCH)
+def patches(images: Tensor, patch: int = 6) -> Tensor:
+    """[B, 3, 24, 24] to [B, T, 3 p^2]."""
+    grid = PIXELS // patch
+    blocks = images.reshape(len(images), 3, grid, patch, grid, patch)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(len(images), grid * grid, 3 * patch * patch)
 
 
-def unpatch(flat: Tensor) -> Tensor:
-    """[B, 16, 108] to [B, 3, 24, 24]."""
-    blocks = flat.reshape(len(flat), GRID, GRID, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return blocks.reshape(len(flat), 3, GRID * PATCH, GRID * PATCH)
+def unpatch(flat: Tensor, patch: int = 6) -> Tensor:
+    """[B, T, 3 p^2] to [B, 3, 24, 24]."""
+    grid = PIXELS // patch
+    blocks = flat.reshape(len(flat), grid, grid, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(len(flat), 3, PIXELS, PIXELS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +79,11 @@ class Fit:
     """Share of the variance of held-in patches that survives, in [0, 1]."""
 
 
-def fit(count: int = 20_000) -> Fit:
+def fit(count: int = 20_000, patch: int = 6) -> Fit:
     """Fit the basis to `count` clean train pictures of both tasks; no randomness but theirs."""
     options = TinyWorldOptions(task="both", count=count, targets=True, wrong_captions=0, degraded=0)
     targets = [prompt.target for prompt in WorldPrompts(options, "train") if prompt.target is not None]
-    flat = patches(torch.stack(targets)).reshape(-1, 3 * PATCH * PATCH).double()
+    flat = patches(torch.stack(targets), patch).reshape(-1, 3 * patch * patch).double()
     mean = flat.mean(0)
     values, vectors = np.linalg.eigh(np.cov((flat - mean).numpy(), rowvar=False))
     kept = values[::-1][:CHANNELS].copy()
@@ -86,17 +94,17 @@ def fit(count: int = 20_000) -> Fit:
     return Fit(vae=vae, retained=float(kept.sum() / values.sum()))
 
 
-def save(vae: PcaVae, path: Path = FILE) -> None:
+def save(vae: PcaVae, path: Path) -> None:
     """Write the basis as safetensors."""
     save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, path)
 
 
-def load_vae() -> PcaVae:
-    """A fresh copy of the autoencoder that ships with the world."""
-    tensors = _tensors()
+def load_vae(patch: int = 6) -> PcaVae:
+    """A fresh copy of the autoencoder that ships with the world for patches of that side, 6 or 4 pixels."""
+    tensors = _tensors(patch)
     return PcaVae(*(tensors[name].clone() for name in ("mean", "basis", "scale")))
 
 
 @cache
-def _tensors() -> dict[str, Tensor]:
-    return load_file(FILE)
+def _tensors(patch: int) -> dict[str, Tensor]:
+    return load_file(FILES[patch])
