@@ -40,6 +40,18 @@ def test_its_recipes_are_not_refused(text: str, tmp_path: Path) -> None:
     check_combinations(load_recipe(path), Registry.discover())
 
 
+def test_every_component_has_its_formula_its_source_its_defaults_and_what_the_source_leaves_open() -> None:
+    body = PAGE.read_text().split("\n## Components\n")[1].split("\n## ")[0]
+    parts = re.findall(r"^#### (\w+ `[\w-]+`)\n(.*?)(?=^###|\Z)", body, re.MULTILINE | re.DOTALL)
+    assert len(parts) > 40
+    for name, text in parts:
+        said = text.split("```")[1]
+        assert re.search(r"[\w)|\]] (=|<=|>) ", said) or name == "timesteps `window`", f"{name} has no formula"
+        assert re.search(r"arXiv:\d{4}\.\d{5}|\b(?:18|19|20)\d\d\)|\bours\b", said), f"{name} has no source"
+        assert re.search(r"^(Defaults: |No options\.$)", text, re.MULTILINE), name
+        assert re.search(r"^The source does not say: .{5}", text, re.MULTILINE), name
+
+
 @pytest.mark.parametrize("number", range(1, 11))
 def test_every_identity_of_the_list_has_its_row(number: int) -> None:
     assert re.search(rf"^\| {number} .*`unit_tests/.*::test_\w+`", PAGE.read_text(), re.MULTILINE)

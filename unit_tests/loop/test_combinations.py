@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from velatura.api import (
+    Distiller,
     GuidancePolicy,
     Kernel,
     Loss,
@@ -49,8 +50,18 @@ class Half(GuidancePolicy[NoOptions]):
         return torch.full_like(t, 2.0 if role in (Role.ROLLOUT, Role.CURRENT) else 1.0)
 
 
+class Afresh(Distiller[NoOptions]):
+    """Asks the teacher at finished pictures that are re-noised, which a student does not visit."""
+
+    name = "afresh"
+    requires = Requirements(roles=frozenset({Role.CURRENT, Role.TEACHER}), advantage=False)
+
+    def loss(self, points: Points, velocity: dict[Role, torch.Tensor]) -> Loss:  # type: ignore[override]
+        return Loss(value=(points.weight * (velocity[Role.CURRENT] - velocity[Role.TEACHER]).flatten(1).mean(1)).sum())
+
+
 class Plugin:
-    """Both."""
+    """All of them."""
 
     @staticmethod
     @hookimpl
@@ -61,6 +72,11 @@ class Plugin:
     @hookimpl
     def velatura_guidance() -> list[type[Half]]:
         return [Half]
+
+    @staticmethod
+    @hookimpl
+    def velatura_distiller() -> list[type[Afresh]]:
+        return [Afresh]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +119,10 @@ REFUSED = [
     ((f"{T}.kernel=flow-sde", f"{T}.guidance=odd/half", f"{T}.objective=flow-grpo"),
      "guidance 'half' draws samples under another guidance than it trains under.*'both' or 'none'"),
     ((f"{S}.distiller=opd-kl",), "'opd-kl' needs stochastic steps, but kernel 'ode' has none.*'velocity-match'.*dt2"),
+    ((f"{S}.distiller=odd/afresh",), "'afresh' learns from re-noised pictures, and a student from.*velocity-match"),
+    ((f"{S}.distiller={{use: velocity-match, with: {{route: category}}}}",),
+     r"student.teachers: .* sends prompts of route '\w+' to teacher '\w+', which is not configured. There is: t2i"),
+    ((f"{S}.prompts={{t2i: curate_t2i}}", f"{S}.tasks={{t2i: tinyworld}}"), "'t2i' has both 'prompts' and 'tasks'"),
     ((f"{S}.plus=[{{use: nft}}]",), "visited: they have no state in common"),
     ((f"{S}.kernel=flow-sde", f"{S}.plus=[{{use: flow-grpo}}]"), "'flow-grpo' learns from rewards, which a distill"),
     ((f"{S}.teachers={{t2i: teacher_t2i, edit: teacher_edit, hair: teacher_edit}}",),

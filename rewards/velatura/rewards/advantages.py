@@ -64,7 +64,7 @@ class RawSumOptions(CompositionOptions):
 class RawSum(AdvantageEstimator[RawSumOptions]):
     """The weighted mean of the rewards as they are, less its mean over the group: a baseline, and for looking.
 
-    A_i = sum_k w_k (R_ik - mu_gk) / sum_k w_k. The reward with the largest scale decides.
+    A_i = sum_k w_k (R_ik - mu_gk) / sum_k w_k. The reward with the largest scale decides. It is ours, from no paper.
     """
 
     name = "raw-sum"
@@ -108,8 +108,9 @@ class WinRateOptions(CompositionOptions):
 class WinRate(AdvantageEstimator[WinRateOptions]):
     """Per reward the share of its group that a sample beats, less the share that beats it; then the weighted sum.
 
-    z_ik = mean_{j != i} sign(R_ik - R_jk), in [-1, 1], a tie counting 0: twice the win rate, less one (after
-    Pref-GRPO's win rates). Groups whose scores are mostly tied have little to say, however small their spread.
+    z_ik = mean_{j != i} sign(R_ik - R_jk), in [-1, 1], a tie counting 0: twice the win rate, less one (after the win
+    rates of Pref-GRPO, arXiv:2508.20751). Groups whose scores are mostly tied have little to say, however small their
+    spread.
     """
 
     name = "winrate"

@@ -53,9 +53,10 @@ class DifficultyBandOptions(Options):
 class ZeroVariance(PromptFilter[ZeroVarianceOptions]):
     """Drop prompts whose samples all score the same: their advantages are 0, or noise divided by nothing.
 
-    Keep where the standard deviation (n - 1) of the composite reward over the fully scored samples is above the
-    tolerance (DAPO, arXiv:2503.14476, drops groups that all pass or all fail; Flow-GRPO's code, arXiv:2505.05470, drops
-    advantages of exactly 0). Made for use during training; where pictures are worth their price, `range` tells more.
+    Keep where s_p > tolerance, s_p^2 = sum_i (R_pi - mean R_p)^2 / (n - 1) over the n fully scored samples of prompt p,
+    R the composite reward (DAPO, arXiv:2503.14476, drops groups that all pass or all fail; Flow-GRPO's code,
+    arXiv:2505.05470, drops advantages of exactly 0). Made for use during training; where pictures are worth their
+    price, `range` tells more.
     """
 
     name = "zero-variance"

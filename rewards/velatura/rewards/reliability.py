@@ -77,7 +77,8 @@ class PooledStd(AdvantageEstimator[PooledStdOptions]):
     """Deviations from the group's mean over the pooled within-group std of the category; then the weighted sum.
 
     z_ik = (R_ik - mu_gk) / sqrt(sbar_kc^2 + eps), sbar_kc a moving mean over the groups of category c. Groups that
-    vary little move the model little, where a z-score gives every group the same say.
+    vary little move the model little, where a z-score gives every group the same say: after the std over a whole batch
+    in Flow-GRPO's code (arXiv:2505.05470), which also counts how far apart the groups are.
     """
 
     name = "pooled-std"
@@ -141,6 +142,7 @@ class ReliabilityZ(AdvantageEstimator[ReliabilityZOptions]):
     sigma: how much the reward's score of one picture varies; sbar: moving mean over the groups of category c; w: the
     weights of the rewards that count for sample i, summing to 1; Sigma_c: correlations of the z-scores before rho,
     from the stage's calibration or a moving mean. A z-score alone gives a reward without signal as large a say as any.
+    The combination is ours; the shrinkage is that of classical test theory.
     """
 
     name = "reliability-z"

@@ -53,7 +53,11 @@ class StratifiedOptions(UniformOptions):
 
 
 class All(TimestepSampler[AllOptions]):
-    """Every step of the grid."""
+    """Every step k = 0 .. K - 1 of the grid.
+
+    What the released code of Flow-GRPO (arXiv:2505.05470) and DiffusionNFT (arXiv:2509.16117) trains on, less the last
+    of a few (a fraction of 0.99). Qwen-Image-2.0-RL (arXiv:2606.27608) saw it lead to reward hacking in a few rounds.
+    """
 
     name = "all"
 
@@ -68,7 +72,11 @@ class All(TimestepSampler[AllOptions]):
 
 
 class Uniform(TimestepSampler[UniformOptions]):
-    """`count` steps without replacement, all equally likely."""
+    """`count` steps without replacement, all equally likely.
+
+    P(k) = count / C for each of the C steps that may be trained on. DanceGRPO (arXiv:2505.07818) trains on six steps of
+    ten so; beside `high-noise` it is the baseline.
+    """
 
     name = "uniform"
 
@@ -107,10 +115,10 @@ class HighNoise(TimestepSampler[HighNoiseOptions]):
 class Stratified(TimestepSampler[StratifiedOptions]):
     """One step from each of `count` parts of the grid, side by side and of equal length, give or take a step.
 
-    Of the C steps that may be trained on, sorted, part i has those at floor(i C / M) up to floor((i + 1) C / M), M the
-    count, and one of them is drawn, all equally likely. So every round looks at all of the time, where `uniform` may
-    look at one end twice. AWM's released configuration (arXiv:2509.25050) takes 6 of 14 steps so, without the first and
-    without the last tenth: `count: 6, within: 0.9`. Step k may be trained on when k < floor(within K).
+    Of the C steps that may be trained on, sorted, part i has those at k with floor(i C / M) <= k < floor((i + 1) C /
+    M), M = count, and one of them is drawn, all equally likely. So every round looks at all of the time, where
+    `uniform` may look at one end twice. AWM's released configuration (arXiv:2509.25050) takes 6 of 14 steps so, without
+    the first and without the last tenth: `count: 6, within: 0.9`. Step k may be trained on when k < floor(within K).
     """
 
     name = "stratified"

@@ -30,6 +30,9 @@ class WindowOptions(NoiseOptions):
 class Window(TimestepSampler[WindowOptions]):
     """`width` consecutive steps carry the gradient and the noise; before and after them the ODE.
 
+    It begins at `start` (fixed), at a step drawn from start .. floor(within K) - width, all equally likely (random), or
+    in round l at min(start + stride floor(l / every), K - width) (sliding); the grid has K steps.
+
     Sliding from high to low noise is MixGRPO (arXiv:2507.21802: width 4 of 25, one step every 25 rounds); a random
     place in the first half is the fast variant in Flow-GRPO's code (arXiv:2505.05470: width 2 or 3). With `width: 1`
     the picture's reward is credited to the one step that drew noise, as in TempFlow-GRPO (arXiv:2508.04324). Once a

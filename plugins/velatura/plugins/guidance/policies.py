@@ -51,7 +51,11 @@ class IntervalOptions(ScaleOptions):
 
 
 class NoGuidance(GuidancePolicy[NoOptions]):
-    """The conditional velocity everywhere: one network row per state."""
+    """The conditional velocity everywhere: w = 1 for every role, one network row per state.
+
+    What DiffusionNFT (arXiv:2509.16117) and AWM (arXiv:2509.25050) train with. Of a model that was made to be guided
+    the report of Qwen-Image-2.0-RL (arXiv:2606.27608) says that reward rises so while style and knowledge are lost.
+    """
 
     name = "none"
 
@@ -61,7 +65,11 @@ class NoGuidance(GuidancePolicy[NoOptions]):
 
 
 class Both(GuidancePolicy[ScaleOptions]):
-    """Every role guided, in the rollout as in the loss (Flow-GRPO, arXiv:2505.05470)."""
+    """Every role guided, in the rollout as in the loss (Flow-GRPO, arXiv:2505.05470).
+
+    v^w = v(null) + w (v(cond) - v(null)) (Ho & Salimans, arXiv:2207.12598). The report of Qwen-Image-2.0-RL
+    (arXiv:2606.27608) saw it become unstable and collapse.
+    """
 
     name = "both"
 
@@ -73,10 +81,11 @@ class Both(GuidancePolicy[ScaleOptions]):
 class RolloutOnly(GuidancePolicy[ScaleOptions]):
     """Hybrid guidance: what makes pictures is guided, what enters a loss is conditional only.
 
-    Rewards judge guided pictures; CURRENT, OLD and REFERENCE are compared on their conditional branch, so training
-    needs no null rows (Qwen-Image-2.0-RL, arXiv:2606.27608). The source says this of the trained policy; OLD and
-    REFERENCE follow because a guided reference would pull guidance into the weights. A TEACHER, too, answers with its
-    conditional branch: a student distilled so keeps needing guidance, unlike with `teacher-only`.
+    w = scale for ROLLOUT, w = 1 for all others. Rewards judge guided pictures; CURRENT, OLD and REFERENCE are compared
+    on their conditional branch, so training needs no null rows (Qwen-Image-2.0-RL, arXiv:2606.27608). The source says
+    this of the trained policy; OLD and REFERENCE follow because a guided reference would pull guidance into the
+    weights. A TEACHER, too, answers with its conditional branch: a student distilled so keeps needing guidance, unlike
+    with `teacher-only`, and itself draws under the guidance of its loss.
 
     A heuristic: the step is not the gradient of the guided policy. Evaluate at the scale of the rollout and at 1.
     """
@@ -91,8 +100,9 @@ class RolloutOnly(GuidancePolicy[ScaleOptions]):
 class TeacherOnly(GuidancePolicy[ScaleOptions]):
     """The teacher guided, everything of the student conditional: guidance is folded into the student.
 
-    Use it with a distiller. The student then samples at scale 1; guiding it again acts like the product of the two
-    scales (Qwen-Image-2.0-RL, arXiv:2606.27608; DanceOPD, arXiv:2606.27377).
+    w = scale for TEACHER and ANCHOR, w = 1 for all others. Use it with a distiller. The student then samples at scale
+    1; guiding it again acts like the product of the two scales (Qwen-Image-2.0-RL, arXiv:2606.27608; DanceOPD,
+    arXiv:2606.27377).
     """
 
     name = "teacher-only"
@@ -105,9 +115,9 @@ class TeacherOnly(GuidancePolicy[ScaleOptions]):
 class DetachedUncond(GuidancePolicy[ScaleOptions]):
     """Every role guided, but only the conditional branch learns.
 
-    The velocities are those of `both`; the gradient of the unconditional branch is dropped, so dv^w is w dv(cond) and
-    the null prompt is not trained on purpose (earlier code of Flow-GRPO, arXiv:2505.05470). What the branches share,
-    with one network, still moves both.
+    v^w = sg v(null) + w (v(cond) - sg v(null)): the velocities are those of `both`; the gradient of the unconditional
+    branch is dropped, so dv^w is w dv(cond) and the null prompt is not trained on purpose (earlier code of Flow-GRPO,
+    arXiv:2505.05470). What the branches share, with one network, still moves both.
     """
 
     name = "detached-uncond"
@@ -119,7 +129,7 @@ class DetachedUncond(GuidancePolicy[ScaleOptions]):
 
 
 class Interval(GuidancePolicy[IntervalOptions]):
-    """Guidance for a part of the time: w where low <= t <= high, else 1 (Kynkaanniemi et al., arXiv:2404.07724).
+    """Guidance for a part of the time: w = scale where low <= t <= high, else 1 (Kynkaanniemi, arXiv:2404.07724).
 
     Guiding pure noise costs variety and guiding the last steps does little; each step outside the interval costs one
     network row instead of two. The source's interval is in noise levels of another parametrisation: the defaults are
