@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from velatura.api import Prompt
+from velatura.api import Prompt, VelaturaError
 from velatura.core.points import Group, MicroBatch, PointNoise, forward_points, pieces, trajectory_points
+from velatura.core.stages.rl import require_whole
+from velatura.plugins.objectives.dgpo import DGPO
+from velatura.plugins.objectives.nft import NFT
 
 Make = Callable[[int], list[Prompt]]
 TIMES = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
@@ -123,6 +126,15 @@ def test_a_group_is_split_only_when_it_alone_is_too_large(drawings: Make) -> Non
     assert sizes == [[2], [4], [1, 2]]
     unsplit = [[len(group.samples) for group in part] for part in pieces(groups, 2, 10)]
     assert unsplit == [[2], [5], [2]]
+
+
+def test_a_part_of_a_group_is_refused_where_all_of_it_is_compared(drawings: Make) -> None:
+    groups = groups_of(drawings(2), 2, 4)
+    whole, part, *_ = pieces(groups, 2, 4)
+    require_whole(DGPO(), whole, groups, 2, 4)
+    require_whole(NFT(), part, groups, 2, 4)
+    with pytest.raises(VelaturaError, match=r"'dgpo' .*'draw/1' have 8 points, more than micro_batch 4\. Set .* to 8"):
+        require_whole(DGPO(), part, groups, 2, 4)
 
 
 def test_no_sample_is_lost_or_doubled_by_splitting(drawings: Make) -> None:

@@ -218,6 +218,15 @@ def test_without_a_difference_in_reward_it_is_supervised_matching() -> None:
     assert torch.equal(gradient(objective, where, velocity), gradient(SFT(), where, velocity))
 
 
+def test_regression_asks_for_a_reference_only_with_a_kl_and_pulls_to_it() -> None:
+    assert RWR(RWROptions(kl=0)).roles() == {Role.CURRENT} and RWR().roles() == {Role.CURRENT, Role.REFERENCE}
+    velocity = velocities()
+    where = replace(points(FlowSde(), velocity[Role.OLD]), target=random(N, D, seed=7))
+    v, anchor = velocity[Role.CURRENT].detach(), velocity[Role.REFERENCE]
+    pull = gradient(RWR(RWROptions(kl=0.3)), where, velocity) - gradient(RWR(RWROptions(kl=0)), where, velocity)
+    torch.testing.assert_close(pull, 0.3 * 2 / (N * D) * (v - anchor), atol=1e-14, rtol=1e-9)
+
+
 def test_huge_advantages_stay_finite() -> None:
     where, velocity = replace(regression(), advantage=torch.full((N,), 1e6)), velocities()
     assert gradient(RWR(RWROptions(temperature=0.01)), where, velocity).isfinite().all()
