@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 from torch import nn
 
 from velatura.core.stages import showcase
 
+sys.path.insert(0, str(Path(__file__).parent / "adapters" / "families"))
 LINEAR = nn.functional.linear
 
 
@@ -34,3 +39,10 @@ def few_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(showcase, "SEEDS", 2)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny model of a family of `adapters/families`, built once."""
+    root = tmp_path_factory.mktemp("tiny")
+    return cache(lambda name: importlib.import_module(name).build(root / name))

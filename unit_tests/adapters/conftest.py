@@ -1,11 +1,9 @@
-"""Tiny models of stock families, and the adapters that open them."""
+"""The adapters that open the tiny models of stock families."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,6 @@ from velatura.api import Context, ModelAdapter
 from velatura.core.build import build
 from velatura.core.recipe import Ref
 from velatura.core.registry import Registry
-
-sys.path.insert(0, str(Path(__file__).with_name("families")))
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny model of a family, built once."""
-    root = tmp_path_factory.mktemp("tiny")
-    return cache(lambda name: importlib.import_module(name).build(root / name))
 
 
 @pytest.fixture

@@ -4,13 +4,18 @@ import hashlib
 import importlib
 import json
 import math
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_backbones
 
 from velatura.api import Context, Prompt, Sample, Status, VelaturaError
 from velatura.core.wire import read_request, request_for, samples_of
@@ -27,26 +32,9 @@ EDITS = 60
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A DINOv2 and a ResNet with random weights that see 96 x 96 pixels."""
-    from transformers import (
-        BitImageProcessorPil,
-        ConvNextImageProcessorPil,
-        Dinov2Config,
-        Dinov2Model,
-        ResNetConfig,
-        ResNetModel,
-    )
-
     base = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=96, patch_size=8
-    )).save_pretrained(base / "dino")  # fmt: skip
-    BitImageProcessorPil().save_pretrained(base / "dino")
-    ResNetModel(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ).save_pretrained(base / "resnet")
-    ConvNextImageProcessorPil().save_pretrained(base / "resnet")
+    tiny_backbones.dino(base / "dino")
+    tiny_backbones.resnet(base / "resnet")
     return base
 
 

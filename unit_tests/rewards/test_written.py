@@ -13,10 +13,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "judge"))
+sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[1] / "judge")])
 
 import chat_server as serving
 import tiny_models
+from author_files import LISTS, VIE
 
 from velatura.api import Context, Prompt, Sample, Status, Usage, VelaturaError
 from velatura.rewards import written
@@ -30,36 +31,6 @@ from velatura.rewards.written import (
     UnifiedReward,
     UnifiedRewardOptions,
 )
-
-VIE = '''
-_context_no_delimit_reasoning_first = """Answer as { "reasoning", "score" }"""
-_prompts_0shot_two_image_edit_rule = """Two pictures."""
-_prompts_0shot_tie_rule_SC = """From 0 to 10.
-Editing instruction: <instruction>"""
-_prompts_0shot_rule_PQ = """One picture, from 0 to 10."""
-'''
-LISTS = '''
-QUALITY_CHECKLIST = """## Detail
-- Noise: Is there noise?
-- Edge Clarity: Are edges sharp?
-## Realism
-- Physical Logic: Does it fall down?"""
-ALIGNMENT_CHECKLIST = """## Attributes
-- Color: Right?"""
-AESTHETICS_CHECKLIST = ALIGNMENT_CHECKLIST_TWICE = """## Lighting
-- Light: Right?"""
-SYSTEM_PROMPT = (
-    "You are an expert. "
-    "You look."
-)
-USER_PROMPT_TEMPLATE = """# Prompt
-{prompt}
-<image>
-# {level1_dim}
-{format_checklist}
-{{"a": 0}}"""
-raise RuntimeError("read, not run")
-'''
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from velatura.api import Prompt, Sample
 from velatura.core.cli import main
-from velatura.core.errors import PluginError
+from velatura.core.errors import PluginError, RecipeError
 from velatura.core.registry import Registry
-from velatura.testing import plugin_checks
+from velatura.testing import NotChecked, Trial, make_samples, plugin_checks
 
 GOOD = '''
 import torch
@@ -42,6 +43,56 @@ registry.add_file("{file}")
 @parametrize_with_checks("{name}", registry=registry)
 def test_conformance(check):
     check()
+"""
+
+LEARNED = """
+import torch
+from pydantic import Field
+from velatura.api import Options, RewardModel, Scores, hookimpl
+
+class LearnedOptions(Options):
+    path: str = Field(description="Its weight.")
+
+class Learned(RewardModel[LearnedOptions]):
+    '''Weighted brightness of foxes.'''
+
+    name = "learned"
+    shown = []
+
+    def setup(self, context):
+        self.weight = float(context.resolve(self.options.path).read_text())
+
+    def applies(self, prompt):
+        return prompt.category == "foxes"
+
+    def score(self, samples):
+        self.shown.extend(samples)
+        return Scores.of(torch.stack([self.weight * s.image.mean() for s in samples]))
+
+@hookimpl
+def velatura_reward():
+    return [Learned]
+"""
+TRIED = """
+import pytest
+from velatura.api import Prompt
+from velatura.core.registry import Registry
+from velatura.testing import Trial, parametrize_with_checks
+
+registry = Registry.empty()
+registry.add_file("{file}")
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "weight.txt"
+    path.write_text("2")
+    return path
+
+@parametrize_with_checks("acme_learned", registry=registry)
+def test_learned(check, weights):
+    foxes = [Prompt(id=str(i), text="a fox", task="t2i", category="foxes") for i in range(2)]
+    trials = {{"acme_learned/learned": Trial(options={{"path": str(weights)}}, prompts=foxes)}}
+    check(trials.get(check.component))
 """
 
 
@@ -99,11 +150,55 @@ def test_importing_what_is_slow_is_found(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_pytest_without_configuration_has_one_id_per_component_and_check(good: Path) -> None:
-    test = good.with_name("test_acme.py")
+    """A fixture gives weights to what needs them."""
+    test, tried, learned = (good.with_name(name) for name in ("test_acme.py", "test_tried.py", "acme_learned.py"))
     test.write_text(textwrap.dedent(TEST.format(file=good, name="acme_good")))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-W", "error", str(test)]
+    learned.write_text(LEARNED)
+    tried.write_text(TRIED.format(file=learned))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-W", "error", str(test), str(tried)]
     plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=good.parent, timeout=120, env=plain)
     assert done.returncode == 0, done.stdout
     assert "test_conformance[acme_good/redness-score_does_not_depend_on_the_batch] PASSED" in done.stdout
     assert "test_conformance[acme_good/redness-options_survive_a_round_trip] SKIPPED" in done.stdout
+    made = [line for line in done.stdout.splitlines() if "test_learned[acme_learned/learned-" in line]
+    assert len(made) == 12
+    assert all("PASSED" in line for line in made)
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> tuple[Registry, Path]:
+    """A reward that needs a weight and judges foxes alone, and its weight."""
+    path, weight = tmp_path / "acme_learned.py", tmp_path / "weight.txt"
+    path.write_text(LEARNED)
+    weight.write_text("2")
+    registry = Registry.empty()
+    registry.add_file(path)
+    return registry, weight
+
+
+def test_what_is_tried_without_its_options_or_pictures_says_how_to_give_them(learned: tuple[Registry, Path]) -> None:
+    registry, weight = learned
+    check = next(c for c in plugin_checks("acme_learned", registry=registry) if c.name == "one_score_per_sample")
+    with pytest.raises(NotChecked, match=r"path: Field required.*`example\(\)`, or the check options: `check\(Trial\("):
+        check()
+    with pytest.raises(NotChecked, match="it applies to no prompt tried"):
+        check(Trial(options={"path": str(weight)}))
+    with pytest.raises(RecipeError, match=r"options of 'learned' are wrong:\n  .*Did you mean 'path'"):
+        check(Trial(options={"pth": str(weight)}))
+    with pytest.raises(FileNotFoundError):  # what is given has to work: it is no reason to skip
+        check(Trial(options={"path": str(weight.with_name("none"))}))
+
+
+def test_a_check_looks_at_the_pictures_that_it_is_given(learned: tuple[Registry, Path]) -> None:
+    registry, weight = learned
+    fox = Prompt(id="p", text="a fox", task="t2i", category="foxes")
+    given: list[Sample] = make_samples([fox], per_prompt=2)
+    shown = registry.get("reward", "acme_learned/learned").shown  # type: ignore[attr-defined]
+    for check in plugin_checks("acme_learned", registry=registry, prompts=[Prompt(id="o", text="an owl", task="t2i")]):
+        if check.kind:
+            shown.clear()
+            check(Trial(options={"path": str(weight)}, samples=given))
+            assert all(sample.prompt is fox for sample in shown)
+            if check.name == "score_does_not_depend_on_the_order":
+                assert [any(s is sample for s in shown) for sample in given] == [True, True]

@@ -178,6 +178,15 @@ class Scribbling(Brightness):
         return scores
 
 
+@breaks("scoring_leaves_its_input_alone")
+class Clipping(Brightness):
+    """Takes extremes out of what it judges: the second time there are none."""
+
+    def score(self, samples: Any) -> Scores:
+        samples[0].image.clamp_(0.3, 0.5)
+        return super().score(samples)
+
+
 @breaks("a_picture_that_is_no_picture_gets_no_score")
 class Inventing(Brightness):
     """0 for what it cannot see."""

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from velatura.testing import (  # noqa: F401  each of them registers its checks
     sampling_checks,
     watching_checks,
 )
-from velatura.testing.kit import STATEMENTS, Check, NotChecked, Subject, require
+from velatura.testing.kit import STATEMENTS, Check, NotChecked, Statement, Subject, Trial, require
 
 HEAVY = ("deepspeed", "diffusers", "transformers")
 """What importing a plugin must not import: seconds, for everybody who lists plugins."""
@@ -52,10 +52,19 @@ def component_checks(
     info: ComponentInfo, component: type[Component[Any]], prompts: Sequence[Prompt] = ()
 ) -> Iterator[Check]:
     """The checks of one component: those of all kinds, then those of its own."""
-    subject = Subject(component=component, prompts=tuple(prompts))
     for statement in (*STATEMENTS[""], *STATEMENTS.get(info.kind, ())):
-        run = partial(statement, subject)
+        run = partial(_hold, statement, component, tuple(prompts))
         yield Check(component=info.name, kind=info.kind, name=statement.__name__, run=run)
+
+
+def _hold(
+    statement: Statement, component: type[Component[Any]], prompts: Sequence[Prompt], trial: Trial | None
+) -> None:
+    """Hold a component to a statement; `prompts` are asked about where the trial has neither prompts nor pictures."""
+    trial = Trial() if trial is None else trial
+    if not trial.prompts and not trial.samples:
+        trial = replace(trial, prompts=prompts)
+    statement(Subject(component=component, trial=trial))
 
 
 def _import_check(plugin: str, registry: Registry) -> Check:
@@ -67,7 +76,7 @@ def _import_check(plugin: str, registry: Registry) -> Check:
     )
 
 
-def _importing_it_is_quick(module: str | None) -> None:
+def _importing_it_is_quick(module: str | None, _: Trial | None = None) -> None:
     """Listing plugins imports them; what is slow belongs into functions."""
     if module is None:
         raise NotChecked("it is no installed module, so it cannot be imported in a process of its own")
@@ -90,13 +99,23 @@ def parametrize_with_checks(
         @parametrize_with_checks("acme")
         def test_conformance(check):
             check()
+
+    Where a component needs weights, a file, a server or pictures of its own, a fixture gives them::
+
+        @parametrize_with_checks("acme")
+        def test_conformance(check, tiny_weights):
+            trials = {"acme/learned": Trial(options={"path": str(tiny_weights)})}
+            check(trials.get(check.component))
     """
     import pytest
 
     checks = plugin_checks(plugin, registry=registry, prompts=prompts)
     return pytest.mark.parametrize(
         "check",
-        [pytest.param(partial(_skipping, check), id=name) for check, name in zip(checks, ids(checks), strict=True)],
+        [
+            pytest.param(replace(check, run=partial(_skipping, check)), id=name)
+            for check, name in zip(checks, ids(checks), strict=True)
+        ],
     )
 
 
@@ -109,11 +128,11 @@ def ids(checks: Sequence[Check]) -> list[str]:
     ]
 
 
-def _skipping(check: Check) -> None:
+def _skipping(check: Check, trial: Trial | None) -> None:
     import pytest
 
     try:
-        check()
+        check(trial)
     except NotChecked as why:
         pytest.skip(str(why))
 

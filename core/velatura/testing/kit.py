@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from velatura.core.base_settings import Ref
+from velatura.core.build import options
 from velatura.core.components import Component
-from velatura.core.types import Context, Prompt
-from velatura.testing.samples import make_prompts
+from velatura.core.types import Context, Prompt, Sample
+from velatura.testing.samples import make_prompts, make_samples
 
 
 class CheckFailure(AssertionError):
@@ -28,28 +30,47 @@ class NotChecked(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What a component is tried with, where its defaults do not do: weights, a file, a server, pictures of its own."""
+
+    options: Mapping[str, Any] | None = None
+    """As under `with:` in a recipe; relative paths are seen from the current folder. None stands for `example()`."""
+    prompts: Sequence[Prompt] = ()
+    """What rewards, evaluators, adapters and judge models are asked about; empty stands for those of `samples`, or for
+    those of all components of the plugin."""
+    samples: Sequence[Sample] = ()
+    """What rewards, evaluators and judge models look at; empty stands for drawn ones, `make_samples(prompts)`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """The component under a check, and what it is tried on."""
 
     component: type[Component[Any]]
-    prompts: tuple[Prompt, ...] = ()
-    """What rewards, evaluators and adapters are asked about; empty stands for plain ones."""
+    trial: Trial = field(default_factory=Trial)
 
     def unready(self) -> Any:
         """One that was made and not set up.
 
         Raises:
-            NotChecked: the defaults do not make one, and the class has no `example` of its own.
+            NotChecked: the defaults do not make one, and neither does the class by `example`, nor the trial.
+            RecipeError: the options of the trial are wrong.
         """
         with self._explained():
-            return self.component.example()
+            return self._made()
 
     def ready(self) -> Any:
-        """One that was made and set up on the CPU; `NotChecked` as `unready`. Nothing is downloaded from a hub."""
+        """One that was made and set up on the CPU; raises as `unready`. Nothing is downloaded from a hub."""
         with self._explained(), without_hub():
-            component = self.component.example()
+            component = self._made()
             component.setup(self.context())
             return component
+
+    def _made(self) -> Component[Any]:
+        if self.trial.options is None:
+            return self.component.example()
+        given = {"use": self.component.name, "with": dict(self.trial.options)}
+        return self.component(options(self.component, Ref.model_validate(given)))
 
     def context(self) -> Context:
         """On the CPU, with an empty cache, in the current folder."""
@@ -57,19 +78,29 @@ class Subject:
         return Context(device=torch.device("cpu"), cache=cache, seed=0, base=Path.cwd())
 
     def asked(self) -> Sequence[Prompt]:
-        """Three or more prompts, two of them of one text."""
-        return self.prompts or (*make_prompts(4), *make_prompts(2, task="edit"))
+        """Those of the trial, or plain ones: three or more, two of them of one text."""
+        if self.trial.prompts:
+            return self.trial.prompts
+        own = {sample.prompt.id: sample.prompt for sample in self.trial.samples}
+        return tuple(own.values()) or (*make_prompts(4), *make_prompts(2, task="edit"))
+
+    def pictures(self, *, of: int | None = None, per_prompt: int = 3) -> list[Sample]:
+        """Those of the trial, or drawn ones, `per_prompt` for each of the first `of` prompts."""
+        return list(self.trial.samples) or make_samples(self.asked()[:of], per_prompt=per_prompt)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        own = self.component.example.__func__ is not Component.example.__func__  # type: ignore[attr-defined]
+        own = self.trial.options is not None or (
+            self.component.example.__func__ is not Component.example.__func__  # type: ignore[attr-defined]
+        )
         try:
             yield
         except Exception as error:
             if own:
                 raise
             raise NotChecked(
-                f"its default options do not give one that can be tried ({_short(error)}); give the class `example()`"
+                f"its default options do not give one that can be tried ({_short(error)}); give the class `example()`, "
+                "or the check options: `check(Trial(options={...}))`"
             ) from error
 
 
@@ -116,16 +147,20 @@ class Check:
     """Of the component; empty for a plugin."""
     name: str
     """Words joined by `_`."""
-    run: Callable[[], None]
+    run: Callable[[Trial | None], None]
 
-    def __call__(self) -> None:
+    def __call__(self, trial: Trial | None = None) -> None:
         """Make the check.
+
+        Args:
+            trial: what the component is tried with, where its defaults do not do.
 
         Raises:
             CheckFailure: the component does not do what its contract says.
             NotChecked: it could not be tried.
+            RecipeError: the options of `trial` are wrong.
         """
-        self.run()
+        self.run(trial)
 
 
 def require(holds: object, message: str) -> None:

@@ -12,19 +12,26 @@ from velatura.core.asking import once, scopes
 from velatura.core.components import RewardModel
 from velatura.core.types import Sample, Scores, Status
 from velatura.testing.kit import NotChecked, Subject, check, require, require_close, untouched
-from velatura.testing.samples import make_samples
 
 
 def _tried(subject: Subject) -> tuple[RewardModel[Any], list[Sample]]:
-    """The reward, and pictures for the prompts on which it has something to say."""
+    """The reward, and pictures for the prompts on which it has something to say; none of them was shown to it."""
     reward: RewardModel[Any] = subject.ready()
-    prompts = [prompt for prompt in subject.asked() if reward.applies(prompt)]
-    if not prompts:
+    samples = [sample for sample in subject.pictures() if reward.applies(sample.prompt)]
+    if not samples:
         raise NotChecked("it applies to no prompt tried; name some that it judges: `prompts=[...]`")
-    samples = make_samples(prompts)
-    if all(status is not Status.OK for status in scored(reward, samples).status):
-        raise NotChecked("it judges no picture tried; name prompts that it judges: `prompts=[...]`")
     return reward, samples
+
+
+def _judged(reward: RewardModel[Any], samples: Sequence[Sample]) -> Scores:
+    """As `scored`; there is nothing to check where none counts."""
+    scores = scored(reward, samples)
+    if all(status is not Status.OK for status in scores.status):
+        raise NotChecked(
+            "it judges no picture tried; name prompts that it judges, `prompts=[...]`, or give pictures: "
+            "`check(Trial(samples=[...]))`"
+        )
+    return scores
 
 
 def scored(reward: RewardModel[Any], samples: Sequence[Sample]) -> Scores:
@@ -54,13 +61,13 @@ def one_score_per_sample(subject: Subject) -> None:
     reward, samples = _tried(subject)
     if reward.scope == "sample":
         _asked(reward, samples[:1])
-    scored(reward, samples)
+    _judged(reward, samples)
 
 
 @check("reward")
 def scores_that_count_are_finite(subject: Subject) -> None:
     """What could not be scored has a status, not a NaN."""
-    scores = scored(*_tried(subject))
+    scores = _judged(*_tried(subject))
     wrong = [float(v) for v, s in zip(scores.values, scores.status, strict=True) if s is Status.OK and not v.isfinite()]
     require(not wrong, f"status OK beside {wrong[:3]}; give what cannot be scored Status.FAILED")
 
@@ -69,7 +76,7 @@ def scores_that_count_are_finite(subject: Subject) -> None:
 def score_does_not_depend_on_the_batch(subject: Subject) -> None:
     """Alone or among others, a picture (of scope `group`: a group) has one score."""
     reward, samples = _tried(subject)
-    together = scored(reward, samples)
+    together = _judged(reward, samples)
     units = (
         [[i] for i in range(len(samples))] if reward.scope == "sample" else scopes(reward, samples, range(len(samples)))
     )
@@ -89,7 +96,7 @@ def score_does_not_depend_on_the_order(subject: Subject) -> None:
     """The samples in another order have the same scores."""
     reward, samples = _tried(subject)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(1)).tolist()
-    there, again = scored(reward, samples), scored(reward, [samples[i] for i in order])
+    there, again = _judged(reward, samples), scored(reward, [samples[i] for i in order])
     require(again.status == tuple(there.status[i] for i in order), "statuses change with the order of the samples")
     require_close(again.values, there.values[order], "scores change with the order of the samples")
 
@@ -101,7 +108,7 @@ def scoring_leaves_its_input_alone(subject: Subject) -> None:
     before = [copy.deepcopy(dict(sample.prompt.metadata)) for sample in samples]
     images = [sample.image for sample in samples]
     with untouched("`score`", *images, *(source for sample in samples for source in sample.prompt.sources)):
-        scored(reward, samples)
+        _judged(reward, samples)
     same = all(repr(a) == repr(sample.prompt.metadata) for a, sample in zip(before, samples, strict=True))
     require(same, "`score` changes the metadata of prompts")
 
@@ -110,6 +117,7 @@ def scoring_leaves_its_input_alone(subject: Subject) -> None:
 def a_picture_that_is_no_picture_gets_no_score(subject: Subject) -> None:
     """NaN pixels end in a status, an exception or a NaN, each of which a run masks; never in a number."""
     reward, samples = _tried(subject)
+    _judged(reward, samples)
     if reward.scope == "group":
         samples = [sample for sample in samples if sample.group == samples[0].group]
     broken = [

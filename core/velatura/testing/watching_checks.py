@@ -64,7 +64,7 @@ def sources_are_pictures(subject: Subject) -> None:
 
 def _measured(subject: Subject) -> tuple[Evaluator[Any], list[Sample], Mapping[str, Sequence[float | None]]]:
     evaluator: Evaluator[Any] = subject.ready()
-    samples = make_samples(subject.asked())
+    samples = subject.pictures()
     with untouched("`evaluate`", *(sample.image for sample in samples)):
         found = evaluator.evaluate(samples)
     if not any(value is not None for values in found.values() for value in values):
@@ -160,7 +160,7 @@ def it_learns_from_ratings(subject: Subject) -> None:
     trained = [weight for weight in net.parameters() if weight.requires_grad]
     require(trained, "no parameter of the network has `requires_grad`")
     ratings = [float(level) for level in judge.levels]
-    samples = make_samples(subject.asked()[:2], per_prompt=2)
+    samples = subject.pictures(of=2, per_prompt=2)
     rated = [Rated(sample=s, ratings=(ratings[i % len(ratings)],)) for i, s in enumerate(samples)]
     loss = judge.loss(net, rated)
     require(loss.value.ndim == 0, f"the loss has shape {list(loss.value.shape)} instead of being a scalar")
@@ -173,7 +173,7 @@ def it_learns_from_ratings(subject: Subject) -> None:
 def one_mark_per_sample_on_the_levels(subject: Subject) -> None:
     """Between the lowest and the highest level, without gradient."""
     judge = subject.ready()
-    samples = make_samples(subject.asked()[:2], per_prompt=2)
+    samples = subject.pictures(of=2, per_prompt=2)
     marks = judge.mark(judge.load(torch.device("cpu")), samples)
     require(marks.values.shape == (len(samples),), f"marks {list(marks.values.shape)} for {len(samples)} samples")
     require(not marks.values.requires_grad, "marks carry a gradient")

@@ -58,7 +58,7 @@ class ChatOptions(Options):
 
     @model_validator(mode="after")
     def _suits_its_place(self) -> Self:
-        require_fitting_place(self.server, self.model_fields_set, self.request)
+        require_fitting_place(self, self.server, self.request)
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -22,13 +22,16 @@ OPERATIONAL = frozenset({
 LOCAL_ONLY = ("revision", "batch_size", "dtype", "device")
 
 
-def require_fitting_place(server: str | None, given: Collection[str], request: Mapping[str, Any]) -> None:
-    """Options `given` go with a server where there is one and with a model in this process where there is none.
+def require_fitting_place(options: Options, server: str | None, request: Mapping[str, Any]) -> None:
+    """Options go with a server where there is one and with a model in this process where there is none. Those that have
+    their default go with both: a run folder keeps all options, and they are read again.
 
     Raises:
         ValueError: some are for the other place, or `request` sets what is not its own.
     """
-    foreign = [name for name in (LOCAL_ONLY if server else SERVER_ONLY) if name in given]
+    fields = type(options).model_fields
+    names = [name for name in (LOCAL_ONLY if server else SERVER_ONLY) if name in fields]
+    foreign = [n for n in names if getattr(options, n) != fields[n].get_default(call_default_factory=True)]
     if foreign:
         place = "a model in this process, and `server` is given" if server else "a server, and none is given"
         raise ValueError(f"{', '.join(foreign)}: this is for {place}")
@@ -121,5 +124,5 @@ class VlmJudgeOptions(Options):
 
     @model_validator(mode="after")
     def _suits_its_place(self) -> Self:
-        require_fitting_place(self.server, self.model_fields_set, self.request)
+        require_fitting_place(self, self.server, self.request)
         return self
