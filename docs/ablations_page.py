@@ -27,6 +27,7 @@ here says how the method behaves in this code and this world, not what a large m
 ask again in a finer world: 36 tokens of a picture in place of 16, so that a token decides less of layout and texture
 at once, with a base of its own (`recipes/tinyworld-pretrain-fine.yaml`).
 
+<!-- parsed: hours -->
 ```sh
 velatura ablate recipes/ablations/guidance.yaml --jobs 2
 ```

@@ -16,6 +16,15 @@ from velatura.core.contracts import CONTRACTS
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate_api.py from the code; change the docstrings there, then run it again. -->"
+MARKS = {
+    ("run",): "runnable, in short", ("rewards", "bench"): "runnable, with --calls 1",
+    ("rewards",): "runnable, with --calls 1", ("check",): "parsed: tutorial.md runs one",
+    ("serve-reward",): "runnable, served, with --port 0", ("ablate",): "parsed: hours",
+    ("replay",): "parsed: it needs an update that was not finite; unit_tests/loop has some",
+    ("reward-card",): "parsed: it needs a judge and its rated pictures",
+    ("rewards", "card"): "parsed: it needs a judge and its rated pictures",
+}  # fmt: skip
+"""How the example of a command is tested, where it is not run as it stands (unit_tests/docs/pages.py)."""
 CONTRACTS_HEAD = f"""\
 # Hooks and contracts
 
@@ -102,7 +111,7 @@ def command(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator[
         yield ""
     if parser.epilog:
         example = inspect.cleandoc(parser.epilog.removeprefix("example:\n"))
-        yield f"```console\n{example}\n```\n"
+        yield f"<!-- {MARKS.get(path[1:], 'runnable')} -->\n```sh\n{example}\n```\n"
 
 
 def row(action: argparse.Action) -> str:

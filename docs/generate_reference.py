@@ -38,6 +38,7 @@ are the default of every stage that has them; a stage that gives its own replace
 `optimizer` field by field. Unknown keys are errors. `velatura check RECIPE` finds mistakes without running anything,
 `velatura schema` prints the JSON Schema for an editor, and any value can be set on the command line:
 
+<!-- parsed: tutorial.md runs one -->
 ```sh
 velatura check recipes/tinyworld.yaml stages.student.steps=120 sampling.steps=12
 ```

@@ -101,7 +101,9 @@ def test_the_measured_point_is_there(script: ModuleType) -> None:
 
 def test_the_job_script_runs(tmp_path: Path) -> None:
     """With stand-ins for srun and scontrol: it begins where it was submitted, and goes back into the queue."""
-    found = re.search(r"<!-- sbatch -->\n```bash\n(.*?)```\n<!-- /sbatch -->", PAGE.read_text(), re.DOTALL)
+    found = re.search(
+        r"<!-- sbatch -->\n<!-- run by [^\n]*\n```bash\n(.*?)```\n<!-- /sbatch -->", PAGE.read_text(), re.DOTALL
+    )
     assert found is not None
     (tmp_path / "job.sh").write_text(found[1])
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

@@ -19,7 +19,7 @@ PASSES, FAILS = 0, 1
 
 def add(name: str, verbs: Verbs) -> None:
     """Add this verb to the command line."""
-    example = "velatura reward-card recipe.yaml --reward alignment --ratings ratings.jsonl --out cards/alignment"
+    example = "velatura reward-card recipes/qwen-image-21.yaml --reward alignment --ratings ratings.jsonl"
     summary = "compare a reward with people and perturb its pictures; exit status 1 when it does not pass"
     parser = new_parser(verbs, name, _card, summary, example)
     parser.add_argument("subject", metavar="RECIPE|REWARD", help="a recipe, or the name of a reward")
