@@ -123,7 +123,7 @@ def test_a_file_of_pairs(file: Path) -> None:
     ("line", "words"),
     [
         ("{", "pairs.jsonl:1: this is not JSON"),
-        (json.dumps({**LINE, "preferred": "c"}), "preferred: Input should be 'a', 'b' or 'tie'"),
+        (json.dumps({**LINE, "preferred": "c"}), "preferred: give 'a', 'b' or 'tie' (got 'c')"),
         (json.dumps({**LINE, "prefered": "a"}), "Did you mean 'preferred'?"),
         (json.dumps({**LINE, "prompt": "p2"}), "no prompt of this stage has the id 'p2'. Ids there are like 'p1'."),
         (json.dumps({**LINE, "b": "2.png"}), "there is no picture '2.png'"),

@@ -169,8 +169,8 @@ LINE = {"prompt": "p", "images": ["a.png", "b.png"], "choices": {"ann": "a"}}
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{**LINE, "choces": {}}], "ratings.jsonl:1: choces: no such field. Did you mean 'choices'?"),
-        ([LINE, "{"], "ratings.jsonl:2: this is no JSON"),
+        ([{**LINE, "choces": {}}], "ratings.jsonl:1: choces: no such key. Did you mean 'choices'?"),
+        ([LINE, "{"], "ratings.jsonl:2: this is not JSON"),
         ([{**LINE, "images": ["a.png", "z.png"]}], "ratings.jsonl:1: there is no picture 'z.png'"),
         ([{**LINE, "choices": {}}], "nobody said anything"),
         ([{"prompt": "p", "image": "a.png", "ratings": {"ann": 7}}], "ratings.jsonl:1: ratings.ann: "),

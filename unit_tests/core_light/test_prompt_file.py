@@ -12,6 +12,8 @@ from velatura.api import Context, VelaturaError
 from velatura.plugins.tasks.prompt_file import PromptFile, PromptFileOptions
 
 Write = Callable[..., str]
+LIKE = '{"prompt": "a red fox"}'
+MORE = "What rewards need goes into 'metadata'."
 
 
 def task(**options: Any) -> PromptFile:
@@ -100,15 +102,19 @@ def test_a_file_that_is_not_there(write: Write) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"prompt": "a fox"', "this is not JSON: Expecting ',' delimiter (column 19)"),
-        ('"a fox"', 'a line is an object like {"prompt": "a red fox"}'),
-        ('{"text": "a fox"}', "the key 'prompt' is missing; there is: text"),
+        ('{"prompt": "a fox"', f"this is not JSON: Expecting ',' delimiter (column 19). Write a line like {LIKE}"),
+        ('"a fox"', f"this is a text, not an object. Write a line like {LIKE}"),
+        (
+            '{"text": "a fox"}',
+            f"text: no such key. Did you mean 'target'? {MORE}\n"
+            "prompts.jsonl:2: prompt: this key is missing: The prompt, or the edit instruction.",
+        ),
         (
             '{"prompt": "a", "catgory": "b"}',
-            "no such key: 'catgory'. Did you mean 'category'? What rewards need goes into 'metadata'.",
+            f"catgory: no such key. Did you mean 'category'? {MORE}",
         ),
-        ('{"prompt": 3}', "prompt: Input should be a valid string (got 3)"),
-        ('{"prompt": ""}', "prompt: String should have at least 1 character (got '')"),
+        ('{"prompt": 3}', 'prompt: give text in double quotes, like "so" (got 3)'),
+        ('{"prompt": ""}', "prompt: give text with a length of at least 1 (got '')"),
         ('{"prompt": "an owl"}', "the same prompt as on line 1; remove one of them, or give it an 'id'"),
         ('{"prompt": "a", "id": "first"}', None),
         ('{"prompt": "a", "sources": ["gone.png"]}', "there is no image 'gone.png' in "),

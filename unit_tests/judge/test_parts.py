@@ -123,8 +123,8 @@ def test_a_picture_cannot_get_rid_of_a_part_by_an_answer_of_not_applicable(
     [
         ({"parts": [{"rubric": "alignment"}]}, "at least 2 items"),
         ({"judge": {"model": "m", "rubric": "alignment"}}, "rubric belongs to the parts"),
-        ({"judge": {"model": "m", "sever": "http://x"}}, "judge.sever: Extra inputs"),
-        ({"judge": {}}, "judge: Value error, model missing: give both"),
+        ({"judge": {"model": "m", "sever": "http://x"}}, "judge.sever: no such option. Did you mean 'server'"),
+        ({"judge": {}}, "judge: model missing: give both"),
     ],
 )
 def test_options_that_make_no_judge(given: dict[str, Any], words: str) -> None:

@@ -95,13 +95,13 @@ def test_a_rubric_of_ones_own_is_read_from_beside_the_recipe(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"levels": None}, "levels: Field required"),
+        ({"levels": None}, "levels: this key is missing: What a picture of each level"),
         ({"levels": {1: "a", 3: "b"}}, "whole numbers in a row, lowest first"),
         ({"levels": {5: "a", 4: "b"}}, "lowest first"),
         ({"levels": {1: "a"}}, "two or more"),
         ({"levels": {-1: "a", 0: "b"}}, "must not be negative"),
         ({"out_of_scop": ["x"]}, "Did you mean 'out_of_scope'?"),
-        ({"task": "video"}, "task: Input should be"),
+        ({"task": "video"}, "own.yaml:3: task: give 'text-to-image', 'edit' or 'any' (got 'video')"),
         ({"version": 0}, "version"),
         ({"criteria": []}, "criteria"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -16,8 +17,12 @@ from velatura.core.errors import suggest
 Location = tuple[int | str, ...]
 
 
-def complaints(error: ValidationError, model: type[BaseModel], noun: str) -> Iterator[tuple[Location, str]]:
+def complaints(
+    error: ValidationError, model: type[BaseModel], noun: str, language: str = "YAML"
+) -> Iterator[tuple[Location, str]]:
     """Each complaint as (where, what), with `noun` ("option", "key") for what an unknown name should have been.
+
+    `language`: what the user wrote, YAML or JSON, in whose words values and remedies are told.
 
     Unknown names come first, as they explain what is missing. The place is a path through the data: the tags that
     pydantic puts in for the members of a union are left out.
@@ -28,10 +33,12 @@ def complaints(error: ValidationError, model: type[BaseModel], noun: str) -> Ite
         location = tuple(part for part, _ in places if part != "[key]")
         if detail["type"] == "union_tag_invalid":
             location = (*location, "stage")
-        yield location, _describe(detail, places, model, noun)
+        yield location, _describe(detail, places, model, noun, language)
 
 
-def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: type[BaseModel], noun: str) -> str:
+def _describe(
+    detail: ErrorDetails, places: list[tuple[int | str, Any]], model: type[BaseModel], noun: str, language: str
+) -> str:
     """One complaint in words."""
     expected = places[-1][1] if places else model
     if detail["type"] == "extra_forbidden":
@@ -42,6 +49,8 @@ def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: 
         hint = suggest(str(detail["loc"][-1]), known)
         slot = {"use", "with"} <= set(known) and hint.startswith(" There is")
         return f"no such {noun}.{hint}{' Options of the component stand in ' + repr('with') + '.' if slot else ''}"
+    if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):
+        return f"the list ends too early: item {detail['loc'][-1] + 1} is missing"
     if detail["type"] == "missing":
         parent = places[-2][1] if len(places) > 1 else model
         return f"this {noun} is missing{_meaning(parent, detail['loc'][-1])}"
@@ -52,7 +61,8 @@ def _describe(detail: ErrorDetails, places: list[tuple[int | str, Any]], model: 
         return f"'stage' is missing; it says of what kind the stage is: {', '.join(_tags(expected))}"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
-    return f"{_wanted(detail)} (got {_got(detail['input'])}){_near_value(detail, expected)}"
+    wanted = _wanted(detail, WANTED if language == "YAML" else WANTED | IN_JSON)
+    return f"{wanted} (got {_got(detail['input'], language)}){_near_value(detail, expected)}"
 
 
 WANTED = {
@@ -75,20 +85,32 @@ WANTED = {
     "literal_error": "give {expected}",
     "too_short": "give at least {min_length}",
     "too_long": "give at most {max_length}",
+    "string_too_short": "give text with a length of at least {min_length}",
+    "string_too_long": "give text with a length of at most {max_length}",
+    "tuple_type": "this is a list: write [...], also for a single item",
 }
 """Type of a complaint -> what should stand there, in the words of somebody who writes YAML; else pydantic's words."""
+IN_JSON = {
+    "dict_type": 'this is an object: write {{"NAME": VALUE}}',
+    "string_type": 'give text in double quotes, like "so"',
+}
+"""What is written otherwise in JSON."""
 
 
-def _wanted(detail: ErrorDetails) -> str:
+def _wanted(detail: ErrorDetails, words: Mapping[str, str]) -> str:
     """What should stand there."""
     context = detail.get("ctx", {})
     settings = detail["type"] == "model_type" and "Ref" not in str(context.get("class_name", ""))
-    wanted = WANTED.get("dict_type" if settings else detail["type"])
+    wanted = words.get("dict_type" if settings else detail["type"])
     return detail["msg"] if wanted is None else wanted.format(**context)
 
 
-def _got(value: object) -> str:
-    """A value as it stands in a recipe."""
+def _got(value: object, language: str = "YAML") -> str:
+    """A value as it stands in the file."""
+    if language == "JSON":
+        return (
+            json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, bool) else reprlib.repr(value)
+        )
     if value is None:
         return "nothing"
     if isinstance(value, bool):

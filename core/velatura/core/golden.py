@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,17 @@ import numpy as np
 import torch
 from loguru import logger
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from velatura.core.asking import Asker, joined, scopes
 from velatura.core.errors import RewardError, VelaturaError
-from velatura.core.explain import complaints
+from velatura.core.jsonl import parse_line
 from velatura.core.reward_settings import Golden
 from velatura.core.types import Prompt, Sample, Status
 
+LIKE = '{"image": "fox.png", "prompt": "a red fox", "low": 0.8}'
+"""A line of a golden set."""
 TOLD = 3
 """How many wrong expectations a message names."""
 
@@ -79,7 +80,11 @@ class GoldenSet:
         except (OSError, UnicodeDecodeError) as error:
             said = f"there is no golden set at {path} ({error}). `golden.file` starts at the recipe."
             raise VelaturaError(said) from error
-        lines = [(number, _line(row, f"{path}:{number}")) for number, row in enumerate(rows, start=1) if row.strip()]
+        lines = [
+            (number, parse_line(f"{path}:{number}", row, Line, LIKE))
+            for number, row in enumerate(rows, start=1)
+            if row.strip()
+        ]
         if not lines:
             raise VelaturaError(f"the golden set {path} is empty. Give it a picture a line, or leave `golden` out.")
         groups = {name: g for g, name in enumerate(dict.fromkeys(line.order for _, line in lines if line.order))}
@@ -174,18 +179,6 @@ class GoldenSet:
 
 def _at(reasons: Sequence[str], row: int) -> str:
     return reasons[row] if reasons else ""
-
-
-def _line(text: str, at: str) -> Line:
-    """One line of the file."""
-    try:
-        return Line.model_validate(json.loads(text))
-    except ValidationError as error:
-        wrong = complaints(error, Line, "key")
-        said = "; ".join(": ".join([*(".".join(map(str, place)),) * bool(place), what]) for place, what in wrong)
-        raise VelaturaError(f"{at}: {said}") from error
-    except ValueError as error:
-        raise VelaturaError(f"{at}: this line is no JSON ({error})") from error
 
 
 def _sample(line: Line, number: int, groups: Mapping[str, int], path: Path) -> Sample:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from velatura.core.calibration import Floats
 from velatura.core.errors import RecipeError, suggest
+from velatura.core.jsonl import parse_line
 from velatura.core.statistics import paired
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 OVERALL, OWN = (0.1, 1.0, 10.0), (0.1, 1.0, 10.0, 100.0)
 """Penalties that are tried on all categories together, and on how far each may differ from them."""
+LIKE = '{"prompt": "id", "a": "0.png", "b": "1.png", "preferred": "a"}'
+"""A line of a file of pairs."""
 FOLDS = 5
 FEWEST = 4 * FOLDS
 """Prompts with fewer cannot be split so that a held-out part says anything."""
@@ -34,13 +36,10 @@ class PairLine(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str = Field(min_length=1)
-    """Id of the prompt among those of the stage."""
-    a: str
-    """A picture for it; the path is seen from the file."""
-    b: str
-    """Another."""
-    preferred: Literal["a", "b", "tie"]
+    prompt: str = Field(min_length=1, description="Id of the prompt among those of the stage.")
+    a: str = Field(description="A picture for it; the path is seen from the file.")
+    b: str = Field(description="Another.")
+    preferred: Literal["a", "b", "tie"] = Field(description="Which people preferred.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +100,7 @@ def read_pairs(path: Path, known: Sequence[str]) -> list[PairLine]:
         ) from error
     lines = list(_lines(path, text, frozenset(known)))
     if not lines:
-        raise RecipeError(
-            f"{path}: there is no pair in it; write lines like "
-            f'{{"prompt": "id", "a": "0.png", "b": "1.png", "preferred": "a"}}'
-        )
+        raise RecipeError(f"{path}: there is no pair in it; write lines like {LIKE}")
     return lines
 
 
@@ -125,15 +121,7 @@ def _lines(path: Path, text: str, known: frozenset[str]) -> Iterator[PairLine]:
         if not raw.strip():
             continue
         at = f"{path}:{number}"
-        try:
-            line = PairLine.model_validate(json.loads(raw))
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{at}: this is not JSON: {error.msg} (column {error.colno})") from error
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            hint = suggest(place, PairLine.model_fields) if first["type"] == "extra_forbidden" else ""
-            raise RecipeError(f"{at}: {place or 'the line'}: {first['msg']}.{hint}") from error
+        line = parse_line(at, raw, PairLine, LIKE)
         if line.prompt not in known:
             raise RecipeError(f"{at}: no prompt of this stage has the id {line.prompt!r}.{_near(line.prompt, known)}")
         for picture in (line.a, line.b):

@@ -12,13 +12,16 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from velatura.core.errors import VelaturaError, suggest
+from velatura.core.jsonl import parse_line
 from velatura.core.types import Prompt, Sample
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+LIKE = '{"image": "1.png", "prompt": "a red fox", "dimension": "alignment", "ratings": [4, 5]}'
+"""A line that would do."""
 
 
 class RatingLine(BaseModel):
@@ -26,23 +29,28 @@ class RatingLine(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    image: str = Field(min_length=1)
-    """The picture; paths are seen from the file."""
-    prompt: str = Field(min_length=1)
-    """The prompt, or the edit instruction."""
-    dimension: str = Field(min_length=1)
-    """What was rated: `alignment`, `aesthetics`, ..."""
-    ratings: tuple[Finite, ...] = Field(min_length=1)
-    """One number a rater, on the levels of the rubric; between two levels is allowed."""
-    sources: tuple[str, ...] = ()
-    """Source images of an edit."""
+    image: str = Field(min_length=1, description="The picture; paths are seen from the file.")
+    prompt: str = Field(min_length=1, description="The prompt, or the edit instruction.")
+    dimension: str = Field(min_length=1, description="What was rated: `alignment`, `aesthetics`, ...")
+    ratings: tuple[Finite, ...] = Field(
+        description="One number a rater, on the levels of the rubric; between two levels is allowed."
+    )
+    sources: tuple[str, ...] = Field((), description="Source images of an edit.")
     category: str = "general"
-    rationale: str = ""
-    """Why: what the judge should write before its score."""
-    cluster: str | None = None
-    """Lines of one cluster are never split; made from prompt and sources when left out."""
-    truth: Finite | None = None
-    """What is known to be right, on any scale, where it is known; only measured against."""
+    rationale: str = Field("", description="Why: what the judge should write before its score.")
+    cluster: str | None = Field(
+        None, description="Lines of one cluster are never split; made from prompt and sources when left out."
+    )
+    truth: Finite | None = Field(
+        None, description="What is known to be right, on any scale, where it is known; only measured against."
+    )
+
+    @field_validator("ratings")
+    @classmethod
+    def _somebody_rated(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value:
+            raise ValueError("nobody has rated this picture. Rate it, or remove the line")
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,36 +125,13 @@ def _parsed(path: Path) -> Iterator[tuple[int, RatingLine]]:
     for number, raw in enumerate(text.split("\n"), start=1):
         if raw.strip():
             found += 1
-            line = _line(f"{path}:{number}", raw)
+            line = parse_line(f"{path}:{number}", raw, RatingLine, LIKE)
             for image in (line.image, *line.sources):
                 if not (path.parent / image).is_file():
                     raise VelaturaError(f"{path}:{number}: there is no image {image!r} in {path.parent}")
             yield number, line
     if not found:
-        raise VelaturaError(f"{path}: there are no ratings in it")
-
-
-def _line(at: str, raw: str) -> RatingLine:
-    try:
-        data = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise VelaturaError(f"{at}: this is not JSON: {error.msg} (column {error.colno})") from error
-    if not isinstance(data, dict):
-        raise VelaturaError(f'{at}: a line is an object like {{"image": "1.png", "prompt": "a red fox", ...}}')
-    unknown = [key for key in data if key not in RatingLine.model_fields]
-    if unknown:
-        raise VelaturaError(f"{at}: no such key: {unknown[0]!r}.{suggest(unknown[0], RatingLine.model_fields)}")
-    missing = [n for n, field in RatingLine.model_fields.items() if field.is_required() and n not in data]
-    if missing:
-        raise VelaturaError(f"{at}: the key {missing[0]!r} is missing; there is: {', '.join(data) or 'nothing'}")
-    if data["ratings"] == []:
-        raise VelaturaError(f"{at}: 'ratings' is empty: nobody has rated this picture. Rate it, or remove the line")
-    try:
-        return RatingLine.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise VelaturaError(f"{at}: {place}: {first['msg']} (got {first['input']!r})") from error
+        raise VelaturaError(f"{path}: there are no ratings in it; write lines like {LIKE}")
 
 
 def read_image(path: Path) -> Tensor:

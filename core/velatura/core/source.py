@@ -61,9 +61,13 @@ class Source:
         return location in self.lines or any(place[: len(location)] == location for place in self.overridden)
 
 
-def read(path: Path) -> Source:
-    """The file as data. Raises `RecipeError` with the line for text that is not YAML and for a key written twice."""
-    text = _text(path)
+def read(path: Path, what: str = "recipe") -> Source:
+    """The file as data; `what` it is, for messages.
+
+    Raises:
+        RecipeError: with the line for text that is not YAML and for a key written twice.
+    """
+    text = _text(path, what)
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -77,7 +81,8 @@ def read(path: Path) -> Source:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: this is not YAML: {error}") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping with the key 'stages', this is a {type(data).__name__}")
+        key = " with the key 'stages'" if what == "recipe" else ""
+        raise RecipeError(f"{path}: {with_article(what)} is a mapping{key}, this is a {type(data).__name__}")
     return Source(name=str(path), data=data, lines=dict(places))
 
 
@@ -98,22 +103,27 @@ def _unshared(value: Any, name: str, above: tuple[int, ...] = ()) -> Any:
     return value
 
 
-def _text(path: Path) -> str:
+def with_article(what: str) -> str:
+    """`a recipe`, `an ablation file`."""
+    return f"a{'n' * (what[0] in 'aeiou')} {what}"
+
+
+def _text(path: Path, what: str) -> str:
     """The text of the file, or what to do when there is none."""
     if path.is_dir():
-        raise RecipeError(f"{path} is a folder; give a recipe file.{_recipes_like('', path)}")
+        raise RecipeError(f"{path} is a folder; give a {what.removesuffix(' file')} file.{_recipes_like('', path)}")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"there is no recipe {str(path)!r}.{_recipes_like(path.name, path.parent)}") from error
+        raise RecipeError(f"there is no {what} {str(path)!r}.{_recipes_like(path.name, path.parent, what)}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: this is not a text file in UTF-8") from error
 
 
-def _recipes_like(name: str, folder: Path) -> str:
-    """The recipes of a folder, and those that ship where a name is given, as a suggestion."""
+def _recipes_like(name: str, folder: Path, what: str = "recipe") -> str:
+    """The files of a folder, and the recipes that ship where the name of one is given, as a suggestion."""
     names = [found.name for found in folder.glob("*.y*ml")]
-    if name:
+    if name and what == "recipe":
         names += [found.stem for found in shipped_recipes()]
     return suggest(name, names) if names else ""
 

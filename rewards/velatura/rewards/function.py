@@ -161,7 +161,8 @@ def _neighbours(path: Path) -> str:
     """What there is in place of a file that is missing."""
     if not path.parent.is_dir():
         return f" There is no folder {str(path.parent)!r} either; `file` is seen from the recipe."
-    return suggest(path.name, [other.name for other in path.parent.glob("*.py")])
+    names = [other.name for other in path.parent.glob("*.py")]
+    return suggest(path.name, names) if names else " Paths start at the folder of the recipe."
 
 
 @lru_cache(maxsize=64)

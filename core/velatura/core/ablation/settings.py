@@ -91,7 +91,7 @@ def load_ablation(path: Path) -> Ablation:
     Raises:
         RecipeError: with the file, the line and the path of what is wrong.
     """
-    source = read(path)
+    source = read(path, "ablation file")
     try:
         ablation = Ablation.model_validate(source.data)
     except ValidationError as error:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from velatura.core.base_settings import Settings
 from velatura.core.errors import VelaturaError, suggest
-from velatura.core.explain import complaints
+from velatura.core.jsonl import wrong_in
 
 Choice = Literal["a", "b", "tie"]
 SIDE: Mapping[str, float] = {"a": 1.0, "b": -1.0, "tie": 0.0}
@@ -184,20 +184,9 @@ LIKE = '{"prompt": "a red fox", "images": ["a.png", "b.png"], "choices": {"ann":
 
 def _line(raw: str, folder: Path) -> tuple[RatingLine | None, list[str]]:
     """A line, or what is wrong with it."""
-    try:
-        data = json.loads(raw)
-    except ValueError as error:
-        return None, [f"this is no JSON ({error}); write a line like {LIKE}"]
-    if not isinstance(data, dict):
-        return None, [f"this is a {type(data).__name__}, not a JSON object; write a line like {LIKE}"]
-    try:
-        line = RatingLine.model_validate(data)
-    except ValidationError as error:
-        found = [
-            f"{'.'.join(map(str, place))}: {message}" if place else message
-            for place, message in complaints(error, RatingLine, "field")
-        ]
-        return None, found
+    line = wrong_in(raw, RatingLine, LIKE)
+    if isinstance(line, list):
+        return None, line
     files = [*line.sources, *(line.images or ()), *([line.image] if line.image else [])]
     missing = [f"there is no picture {name!r} in {folder}" for name in files if not (folder / name).is_file()]
     return (None, missing) if missing else (line, [])

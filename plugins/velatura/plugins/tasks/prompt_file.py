@@ -8,11 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, overload
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from velatura.api import Context, Options, Prompt, Task, VelaturaError
 from velatura.core.errors import suggest
+from velatura.core.jsonl import parse_line
 from velatura.core.ratings import read_image
+
+LIKE = '{"prompt": "a red fox"}'
+"""The shortest line that would do."""
 
 
 class PromptFileOptions(Options):
@@ -28,20 +32,15 @@ class PromptLine(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str = Field(min_length=1)
-    """The prompt, or the edit instruction."""
-    id: str | None = None
-    """Unique in the file; made from the content when left out."""
-    category: str = "general"
-    """Chooses reward weights and groups the evaluation."""
-    sources: tuple[str, ...] = ()
-    """Source images of an edit; paths seen from the file."""
-    target: str | None = None
-    """The picture to learn from, for supervised stages."""
-    size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
-    """Height and width of the picture in pixels."""
-    metadata: dict[str, Any] = Field(default_factory=dict)
-    """Whatever the rewards need."""
+    prompt: str = Field(min_length=1, description="The prompt, or the edit instruction.")
+    id: str | None = Field(None, description="Unique in the file; made from the content when left out.")
+    category: str = Field("general", description="Chooses reward weights and groups the evaluation.")
+    sources: tuple[str, ...] = Field((), description="Source images of an edit; paths seen from the file.")
+    target: str | None = Field(None, description="The picture to learn from, for supervised stages.")
+    size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="Height and width of the picture in pixels."
+    )
+    metadata: dict[str, Any] = Field(default_factory=dict, description="Whatever the rewards need.")
 
     @property
     def key(self) -> str:
@@ -122,7 +121,7 @@ def read_prompts(path: Path, task: str) -> list[tuple[str, PromptLine]]:
         raise VelaturaError(f"{path}: a prompt file is a text file in UTF-8, one JSON object a line") from error
     lines = list(_parsed(path, text, task))
     if not lines:
-        raise VelaturaError(f'{path}: there are no prompts in it; write lines like {{"prompt": "a red fox"}}')
+        raise VelaturaError(f"{path}: there are no prompts in it; write lines like {LIKE}")
     return lines
 
 
@@ -132,7 +131,7 @@ def _parsed(path: Path, text: str, task: str) -> Iterator[tuple[str, PromptLine]
     for number, raw in enumerate(text.split("\n"), start=1):
         if not raw.strip():
             continue
-        line = _line(f"{path}:{number}", raw)
+        line = parse_line(f"{path}:{number}", raw, PromptLine, LIKE, "What rewards need goes into 'metadata'.")
         if line.key in first:
             remedy = "give it another 'id'" if line.id else "remove one of them, or give it an 'id'"
             raise VelaturaError(f"{path}:{number}: the same prompt as on line {first[line.key]}; {remedy}")
@@ -143,25 +142,3 @@ def _parsed(path: Path, text: str, task: str) -> Iterator[tuple[str, PromptLine]
             if not (path.parent / image).is_file():
                 raise VelaturaError(f"{path}:{number}: there is no image {image!r} in {path.parent}")
         yield line.key, line
-
-
-def _line(at: str, raw: str) -> PromptLine:
-    """One line as an object."""
-    try:
-        data = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise VelaturaError(f"{at}: this is not JSON: {error.msg} (column {error.colno})") from error
-    if not isinstance(data, dict):
-        raise VelaturaError(f'{at}: a line is an object like {{"prompt": "a red fox"}}')
-    if "prompt" not in data:
-        raise VelaturaError(f"{at}: the key 'prompt' is missing; there is: {', '.join(data) or 'nothing'}")
-    unknown = [key for key in data if key not in PromptLine.model_fields]
-    if unknown:
-        hint = suggest(unknown[0], PromptLine.model_fields)
-        raise VelaturaError(f"{at}: no such key: {unknown[0]!r}.{hint} What rewards need goes into 'metadata'.")
-    try:
-        return PromptLine.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise VelaturaError(f"{at}: {place}: {first['msg']} (got {first['input']!r})") from error

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from velatura.api import Context, Options, Prompt, RewardModel, Sample, Scores, Status, Usage
+from velatura.core.explain import complaints
 from velatura.core.fingerprint import options_fingerprint
 from velatura.rewards.composition import geometric, soft_minimum
 from velatura.rewards.judge.options import OPERATIONAL, VlmJudgeOptions
@@ -43,9 +44,8 @@ class VlmPartsOptions(Options):
             try:
                 self.of(part)
             except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                place = ".".join(str(piece) for piece in first["loc"])
-                raise ValueError(f"judge{f'.{place}' if place else ''}: {first['msg']}") from error
+                place, said = next(complaints(error, VlmJudgeOptions, "option"))
+                raise ValueError(f"{'.'.join(['judge', *map(str, place)])}: {said}") from error
         return self
 
     def of(self, part: PartOptions) -> VlmJudgeOptions:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from velatura.api import Prompt, Sample, VelaturaError
-from velatura.core.errors import suggest
+from velatura.core.errors import prefixed, suggest
+from velatura.core.explain import complaints
+from velatura.core.source import read
 from velatura.rewards.judge.scoring import MARKER, NOT_APPLICABLE
 
 SHIPPED = Path(__file__).with_name("rubrics")
@@ -143,21 +144,18 @@ def load_rubric(path: Path) -> Rubric:
     Raises:
         VelaturaError: it is missing, no YAML, or not a rubric; with the field that is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    if not path.is_file():
+        near = [found.name for found in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise VelaturaError(
-            f"there is no rubric at {path} ({error.strerror}). Shipped ones are named without a path: "
-            f"{', '.join(shipped_rubrics())}."
-        ) from error
+            f"there is no rubric at {path}.{suggest(path.name, near) if near else ''} Shipped ones are named without a "
+            f"path: {', '.join(shipped_rubrics())}."
+        )
+    source = read(path, "rubric")
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise VelaturaError(f"the rubric {path} is no YAML: {error}") from error
-    try:
-        return Rubric.model_validate(content)
+        return Rubric.model_validate(source.data)
     except ValidationError as error:
-        raise VelaturaError(f"the rubric {path} does not fit: {'; '.join(_complaints(error))}") from error
+        found = [prefixed(source.at(place), said) for place, said in complaints(error, Rubric, "key")]
+        raise VelaturaError("\n".join(dict.fromkeys(found))) from error
 
 
 def shipped_rubrics() -> list[str]:
@@ -182,15 +180,6 @@ def shipped_rubric(name: str) -> Path:
 def is_file_name(rubric: str) -> bool:
     """Whether a rubric is named by its path."""
     return rubric.endswith((".yaml", ".yml"))
-
-
-def _complaints(error: ValidationError) -> list[str]:
-    said = []
-    for problem in error.errors():
-        field = ".".join(map(str, problem["loc"])) or "the file"
-        hint = suggest(str(problem["loc"][0]), Rubric.model_fields) if problem["type"] == "extra_forbidden" else ""
-        said.append(f"{field}: {problem['msg']}{'.' if hint else ''}{hint}")
-    return said
 
 
 def _listed(title: str, items: Sequence[str]) -> str:
