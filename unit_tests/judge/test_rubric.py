@@ -150,7 +150,7 @@ def test_importing_the_judge_imports_neither_transformers_nor_an_http_client() -
 
 
 def test_the_rubric_in_the_documentation_is_one(tmp_path: Path) -> None:
-    page = Path(__file__).parents[2] / "docs" / "rewards.md"
+    page = Path(__file__).parents[2] / "docs" / "vlm-judges.md"
     (block,) = re.findall(r"^```yml\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     (tmp_path / "typography.yaml").write_text(block)
     assert load_rubric(tmp_path / "typography.yaml").name == "typography"

@@ -1,7 +1,7 @@
 """What a reward and its server say to each other: JSON, version 1. Pictures are PNG files, never pickles.
 
 A request holds prompts and pictures, an answer one entry for each picture, in their order: a value, or a status with
-its reason. docs/rewards.md shows both.
+its reason. docs/http-rewards.md shows both.
 """
 
 from __future__ import annotations
