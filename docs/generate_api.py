@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import sys
+import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from velatura.core import hookspecs
 from velatura.core.cli.program import _parser
 from velatura.core.components import Component
 from velatura.core.contracts import CONTRACTS
@@ -18,13 +20,14 @@ DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate_api.py from the code; change the docstrings there, then run it again. -->"
 MARKS = {
     ("run",): "runnable, in short", ("rewards", "bench"): "runnable, with --calls 1",
-    ("rewards",): "runnable, with --calls 1", ("check",): "parsed: tutorial.md runs one",
+    ("check",): "parsed: tutorial.md runs one",
     ("serve-reward",): "runnable, served, with --port 0", ("ablate",): "parsed: hours",
     ("replay",): "parsed: it needs an update that was not finite; unit_tests/loop has some",
     ("reward-card",): "parsed: it needs a judge and its rated pictures",
-    ("rewards", "card"): "parsed: it needs a judge and its rated pictures",
 }  # fmt: skip
 """How the example of a command is tested, where it is not run as it stands (unit_tests/docs/pages.py)."""
+SAME = {("rewards", "card"): "[`velatura reward-card`](#velatura-reward-card)"}
+"""Commands with two names."""
 CONTRACTS_HEAD = f"""\
 # Hooks and contracts
 
@@ -58,14 +61,30 @@ def contracts_page() -> str:
 def contract(title: str, cls: type[Component[Any]], hook: str) -> Iterator[str]:
     """One contract: its hook, its sentence, its attributes and methods."""
     yield f"## {title}\n"
-    said = f", offered by the hook `{hook}`. {inspect.cleandoc(getattr(hookspecs, hook).__doc__)}" if hook else "."
+    said = f", offered by the hook `{hook}`." if hook else "."
     yield f"**`{cls.__name__}`**{said}"
     yield f"\n{inspect.cleandoc(cls.__doc__ or '')}\n"
+    if found := attributes(cls):
+        yield "| attribute | what it says |\n|---|---|"
+        yield from (f"| `{name}` | {about} |" for name, about in found)
+        yield ""
     for name, function in own(cls):
         mark = ", to be written" if getattr(function, "__isabstractmethod__", False) else ""
         yield f"### `{cls.__name__}.{name}`{mark}\n"
         yield f"```text\n{name}{signature(function)}\n```\n"
         yield f"{inspect.cleandoc(function.__doc__ or '')}\n"
+
+
+def attributes(cls: type[Component[Any]]) -> list[tuple[str, str]]:
+    """Public class attributes with the text below them, which only the source has."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    found = []
+    for one, after in pairwise(tree.body):
+        target = one.target if isinstance(one, ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found.append((target.id, " ".join(str(after.value.value).split()).replace("|", "\\|")))
+    return [(name, text) for name, text in found if not name.startswith("_")]
 
 
 def signature(function: Any) -> str:
@@ -94,7 +113,7 @@ def cli_page() -> str:
 def commands(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator[str]:
     """A command and those below it."""
     inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    if len(path) > 1 and (parser.get_default("verb") or not inner):
+    if len(path) > 1 and not inner:
         yield from command(parser, path)
     for action in inner:
         for name, below in action.choices.items():
@@ -104,6 +123,9 @@ def commands(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator
 def command(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterator[str]:
     """One command: its sentence, its arguments, an example."""
     yield f"## `{' '.join(path)}`\n\n{parser.description or ''}\n"
+    if path[1:] in SAME:
+        yield f"The same as {SAME[path[1:]]}.\n"
+        return
     rows = [row(action) for action in parser._actions if action.dest not in ("help",) and action.help]
     if rows:
         yield "| argument | what it is |\n|---|---|"

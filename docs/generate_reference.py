@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,17 +69,16 @@ def page() -> str:
 
 
 def lead(cls: type[Any]) -> str:
-    """The first line of a class's documentation."""
-    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0] + "\n"
+    """The first paragraph of a class's documentation."""
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ") + "\n"
 
 
 def reference_text() -> str:
     """What may stand in a slot."""
     return (
-        "What stands in a slot. An objective of `plus` has a `weight`, too. A reward has more fields than other "
-        "components, and a rater of a rate stage one more than a reward: its dimension.\n\n"
+        "What stands in a slot. An objective of `plus` has a `weight`, too.\n\n"
         + table(Ref)
-        + "\n"
+        + "\nA reward has these fields, too; `dimension` is for the raters of a rate stage alone, which need it.\n\n"
         + table(RaterRef, leave_out=tuple(Ref.model_fields))
     )
 
@@ -91,7 +91,7 @@ def table(cls: type[Any], leave_out: tuple[str, ...] = ("stage",)) -> str:
             slot = name in SLOTS and issubclass(cls, Settings)
             kind = slot_type(name) if slot else type_of(name, field)
             about = lead(CONTRACTS[SLOTS[name]]).strip() if slot else meaning(name)
-            cells = [f"`{field.alias or name}`", kind, default_of(field), field.description or about]
+            cells = [f"`{field.alias or name}`", kind, default_of(field, slot), field.description or about]
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -111,8 +111,8 @@ def type_of(name: str, field: FieldInfo) -> str:
     return f"`{show._type(field)}`".replace(" | ", " or ").replace("None", "null")
 
 
-def default_of(field: FieldInfo) -> str:
-    """What holds when the field is left out."""
+def default_of(field: FieldInfo, slot: bool) -> str:
+    """What holds when the field is left out; a slot then holds nothing."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
@@ -120,12 +120,14 @@ def default_of(field: FieldInfo) -> str:
         return f"`{value.use}`"
     if isinstance(value, Settings):
         return "its defaults"
-    return "none" if value is None or value in ([], {}, "") else f"`{show._default(field)}`"
+    if slot or (value is None and field.annotation in (Sampling | None, Optimizer | None)):
+        return "none"
+    return f"`{json.dumps(value)}`" if value is None or value in ((), [], {}, "") else f"`{show._default(field)}`"
 
 
 def meaning(name: str) -> str:
     """What a field without a description is."""
-    return f"See [{name}](#{name})." if name in SETTINGS else ""
+    return lead(SETTINGS[name]).strip() if name in SETTINGS else ""
 
 
 def components() -> Iterator[str]:

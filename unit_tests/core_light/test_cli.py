@@ -163,7 +163,7 @@ def test_plugins_show_describes_a_component_and_its_options(write: Write, capsys
     assert "Likes what I like.\n\nAnd nothing else.\n" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["weights", "str", "(required)", "Where", "the", "weights", "are."] in rows
-    assert ["size", "int", "|", "null", ">=", "1,", "<=", "9", "null", "How", "big."] in rows
+    assert ["size", "int", ">=", "1,", "<=", "9", "|", "null", "null", "How", "big."] in rows
     assert ["mode", "fast", "|", "good", "good", "How."] in rows
     assert text.endswith("rewards:\n- use: likes/mine\n  with: {weights: <str>, size: null, mode: good}\n\n")
 

@@ -121,7 +121,7 @@ class PromptFilter(Component[O]):
 
 
 class GuidancePolicy(Component[O]):
-    """Where the unconditional branch enters. One decision per role, so hybrid CFG is a table, not an `if`."""
+    """Who is guided, and how much: a scale for each role and time, so hybrid CFG is a table, not an `if`."""
 
     kind: ClassVar[str] = "guidance"
     detach_null: ClassVar[bool] = False

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 class JudgeModel(Component[O]):
-    """A judge that can learn from ratings: its network, its question, its loss. Knows nothing of files, splits and
-    optimisers."""
+    """A judge that can learn from ratings: its network, its question, its loss.
+
+    It knows nothing of files, splits and optimisers.
+    """
 
     kind: ClassVar[str] = "judge_model"
 

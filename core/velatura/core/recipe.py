@@ -98,7 +98,9 @@ class Recipe(Settings):
         default_factory=list, description="Python files that are plugins, relative to the recipe: ./my_reward.py"
     )
     engine: Engine = Engine()
-    adapter: Ref | None = Field(None, description="Default for every stage with this slot, like all that follow.")
+    adapter: Ref | None = Field(
+        None, description="The network. Like all slots below, for every stage that has none of its own."
+    )
     task: Ref | None = None
     guidance: Ref | None = Field(
         None,

@@ -23,7 +23,9 @@ class Breaker(Settings):
 class Golden(Settings):
     """Pictures whose scores are known, by which a judge is checked at the start and now and then."""
 
-    file: str = Field(description="JSONL file beside the recipe, a picture a line; docs/looking-after-rewards.md has its keys.")
+    file: str = Field(
+        description="JSONL file beside the recipe, a picture a line; docs/looking-after-rewards.md has its keys."
+    )
     every: Count = Field(50, description="Steps (of a curate stage: batches of prompts) between two checks.")
     minutes: Positive | None = Field(
         None, description="Checks also at the end of a step when the latest was so long ago; null looks at no clock."

@@ -79,8 +79,7 @@ class RawSum(AdvantageEstimator[RawSumOptions]):
 
 
 class RankNormal(AdvantageEstimator[CompositionOptions]):
-    """Per reward the normal score of a sample's rank in its group; then the weighted sum. For ordinal judges and heavy
-    tails.
+    """Per reward the normal score of the rank in the group; their weighted sum. For ordinal judges and heavy tails.
 
     z_ik = Phi^-1((r_ik - 3/8) / (n + 1/4)), r the rank among the n valid scores of the group, ties sharing their mean
     rank (Blom 1958). Any increasing change of a reward changes nothing; how far apart two scores are is not seen.

@@ -21,8 +21,7 @@ class GdpoOptions(CompositionOptions):
 
 
 class Gdpo(AdvantageEstimator[GdpoOptions]):
-    """Per reward and group a z-score, then the weighted sum, then the sum over its std in the batch (GDPO,
-    arXiv:2601.05242).
+    """Per reward and group a z-score; their weighted sum over its std in the batch (GDPO, arXiv:2601.05242).
 
     z_ik = (R_ik - mu_gk) / max(sigma_gk, eps),   S_i = sum_k w_k z_ik / sum_k w_k,   A_i = clip(S_i / max(s, eps)),
     s the population std of S over the valid samples of the batch. The first two steps are `group-z` without its floor;
@@ -55,8 +54,7 @@ class GlobalStdOptions(CompositionOptions):
 
 
 class GroupMeanGlobalStd(AdvantageEstimator[GlobalStdOptions]):
-    """The composite reward less the mean of its group, over its std in the whole batch (Flow-GRPO's default,
-    arXiv:2505.05470).
+    """The composite reward less its group's mean, over its std in the batch (Flow-GRPO, arXiv:2505.05470).
 
     A_i = clip((R_i - mu_g) / (s + eps)), R_i = sum_k w_k R_ik / sum_k w_k, s the population std of R over all valid
     samples of the batch, whatever their prompt: easy and hard prompts widen it, so advantages are smaller than those of

@@ -58,4 +58,6 @@ def _recipe(given: str) -> Path:
 
 def add_run_folder(parser: argparse.ArgumentParser) -> None:
     """`RUN_FOLDER`."""
-    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="what 'velatura run' made, like runs/demo")
+    parser.add_argument(
+        "run_folder", type=Path, metavar="RUN_FOLDER", help="what 'velatura run' made, like runs/tinyworld"
+    )

@@ -13,7 +13,7 @@ def add(name: str, verbs: Verbs) -> None:
     parser = new_parser(verbs, name, _check, "look for mistakes in a recipe and print its plan; runs nothing", example)
     add_recipe(parser)
     parser.add_argument(
-        "--world-size", type=_count, default=1, metavar="N", help="GPUs that the memory is estimated for (1)"
+        "--world-size", type=_count, default=1, metavar="N", help="GPUs that the memory is estimated for (default: 1)"
     )
 
 

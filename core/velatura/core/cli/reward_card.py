@@ -30,13 +30,19 @@ def add(name: str, verbs: Verbs) -> None:
     parser.add_argument("--reward", metavar="NAME", help="which reward of the recipe")
     parser.add_argument("--stage", metavar="NAME", help="of a recipe, the reward of this stage")
     parser.add_argument("--label", metavar="NAME", help="of one reward, what the card calls it (default: its name)")
-    parser.add_argument("--file", action="append", default=[], metavar="FILE", help="also this plugin file")
+    parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a plugin file that has the reward")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the card goes (default: cards/NAME)")
-    parser.add_argument("--repeats", type=_whole, default=2, metavar="N", help="score pictures N times more (2)")
-    parser.add_argument("--perturb", type=_whole, default=64, metavar="N", help="pictures to perturb; 0: none (64)")
-    parser.add_argument("--bootstrap", type=_whole, default=2000, metavar="N", help="resamples for intervals (2000)")
-    parser.add_argument("--batch", type=_whole, default=16, metavar="N", help="pictures in a call (16)")
-    parser.add_argument("--seed", type=_whole, default=0, metavar="N", help="of resamples and noise (0)")
+    parser.add_argument(
+        "--repeats", type=_whole, default=2, metavar="N", help="score pictures N times more (default: 2)"
+    )
+    parser.add_argument(
+        "--perturb", type=_whole, default=64, metavar="N", help="pictures to perturb; 0: none (default: 64)"
+    )
+    parser.add_argument(
+        "--bootstrap", type=_whole, default=2000, metavar="N", help="resamples for intervals (default: 2000)"
+    )
+    parser.add_argument("--batch", type=_whole, default=16, metavar="N", help="pictures in a call (default: 16)")
+    parser.add_argument("--seed", type=_whole, default=0, metavar="N", help="of resamples and noise (default: 0)")
     parser.add_argument("--device", help="where models live: auto, cpu, cuda or cuda:N; the recipe's by default")
     parser.add_argument("--slice", action="append", default=[], metavar="KEY", help="also slice by this metadata")
     parser.add_argument(
@@ -44,10 +50,14 @@ def add(name: str, verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="PERTURBATION=falls|no-gain|any",
-        help="in place of the reward's",
+        help="what this perturbation should do to the score, in place of what the reward says",
     )
     parser.add_argument(
-        "--criterion", action="append", default=[], metavar="NAME=VALUE", help="in place of a default, as min_icc=0.7"
+        "--criterion",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the card asks for, in place of a default, like min_icc=0.7",
     )
 
 

@@ -24,7 +24,13 @@ def add(name: str, verbs: Verbs) -> None:
     summary = "time the rewards of a recipe on pictures of its task, and say what they cost a training step"
     bench = new_parser(actions, "bench", _bench, summary, example)
     add_recipe(bench)
-    bench.add_argument("--calls", type=_count, default=20, metavar="N", help="calls to time, after one (20)")
+    bench.add_argument(
+        "--calls",
+        type=_count,
+        default=20,
+        metavar="N",
+        help="calls to time, after one that does not count (default: 20)",
+    )
     bench.add_argument("--batch", type=_count, metavar="N", help="pictures in a call; as in a run by default")
     bench.add_argument("--stage", metavar="NAME", help="only the rewards of this stage")
     bench.add_argument("--device", help="where models live: auto, cpu, cuda or cuda:N; the recipe's by default")

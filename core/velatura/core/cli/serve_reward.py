@@ -22,15 +22,21 @@ def add(name: str, verbs: Verbs) -> None:
     )
     parser.add_argument("--stage", metavar="NAME", help="of a recipe, only the rewards of this stage")
     parser.add_argument("--label", metavar="NAME", help="of one reward, what requests call it (default: its name)")
-    parser.add_argument("--file", action="append", default=[], metavar="FILE", help="also this plugin file")
+    parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a plugin file that has the reward")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8188, help="port to listen at; 0 takes a free one (default: 8188)")
     parser.add_argument("--token-env", metavar="NAME", help="environment variable with the token that requests need")
     parser.add_argument("--device", help="where models live: auto, cpu, cuda or cuda:N; the recipe's by default")
-    parser.add_argument("--batch", type=_count, default=16, metavar="N", help="pictures a model sees at a time (16)")
-    parser.add_argument("--max-pictures", type=_count, default=64, metavar="N", help="pictures in a request (64)")
-    parser.add_argument("--max-bytes", type=_count, default=2**28, metavar="N", help="bytes of a request (268435456)")
-    parser.add_argument("--max-requests", type=_count, default=32, metavar="N", help="requests at a time (32)")
+    parser.add_argument(
+        "--batch", type=_count, default=16, metavar="N", help="pictures a model sees at a time (default: 16)"
+    )
+    parser.add_argument(
+        "--max-pictures", type=_count, default=64, metavar="N", help="pictures in a request (default: 64)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=_count, default=2**28, metavar="N", help="bytes of a request (default: 268435456, 256 MiB)"
+    )
+    parser.add_argument("--max-requests", type=_count, default=32, metavar="N", help="requests at a time (default: 32)")
 
 
 def _count(given: str) -> int:

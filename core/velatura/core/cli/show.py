@@ -78,8 +78,9 @@ def _default(field: FieldInfo) -> str:
 
 def _type(field: FieldInfo) -> str:
     """`int >= 1`."""
-    bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in BOUNDS.items() if hasattr(m, name)]
-    return f"{_spelled(field.annotation)} {', '.join(bounds)}".strip()
+    bounds = [f"{sign} {getattr(m, name)}" for name, sign in BOUNDS.items() for m in field.metadata if hasattr(m, name)]
+    plain, *null = _spelled(field.annotation).split(" | null")
+    return f"{plain} {', '.join(bounds)}".strip().replace(" length >= 1", ", not empty") + " | null" * bool(null)
 
 
 def _spelled(annotation: Any) -> str:
@@ -93,6 +94,9 @@ def _spelled(annotation: Any) -> str:
         return " | ".join(str(argument) for argument in arguments)
     if origin in (Union, types.UnionType):
         return " | ".join(_spelled(argument) for argument in arguments)
+    if origin is tuple:
+        inside = ", ".join(_spelled(argument) for argument in arguments if argument is not ...)
+        return f"list[{inside}]" if ... in arguments else f"[{inside}]"
     if origin is not None:
         inside = ", ".join("..." if argument is ... else _spelled(argument) for argument in arguments)
         return f"{getattr(origin, '__name__', origin)}[{inside}]"

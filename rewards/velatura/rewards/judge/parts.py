@@ -27,7 +27,9 @@ class PartOptions(Options):
 class VlmPartsOptions(Options):
     """Options of `vlm-parts`."""
 
-    parts: list[PartOptions] = Field(min_length=2, description="Rubrics with their weights.")
+    parts: list[PartOptions] = Field(
+        min_length=2, description="Rubrics with their weights, like {rubric: alignment, weight: 2.0}."
+    )
     combine: Literal["geometric", "soft-minimum", "mean"] = Field(
         "geometric",
         description="How the scores of the parts become one; the first two let no part make up for another.",
