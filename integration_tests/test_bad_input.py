@@ -135,7 +135,7 @@ def test_a_prompt_file_that_is_missing(refused: Refused) -> None:
     ("line", "remedy"),
     [
         ('{"prompt": "a red circle"', "this is not JSON"),
-        ('{"promt": "a red circle"}', "the key 'prompt' is missing"),
+        ('{"promt": "a red circle"}', "prompt: this key is missing"),
         ('{"prompt": "a red circle", "categry": "x"}', "Did you mean 'category'?"),
         ('{"prompt": 3}', "prompt: "),
         ('{"prompt": "a blue circle"}', "the same prompt as on line 1"),
