@@ -390,6 +390,7 @@ def test_base_weights_that_cannot_be_used(harm: str, refused: Refused) -> None:
         file.unlink()
     message = refused("run", "tiny.yaml", "stages.warm.adapter.with.weights=base.safetensors")
     assert "base.safetensors" in message
+    assert "stages.warm.adapter: " in message
     assert {"cut": "not a safetensors file", "other": "does not fit", "gone": "There is no checkpoint"}[harm] in message
 
 

@@ -30,7 +30,7 @@ from velatura.core.components import (
     Task,
 )
 from velatura.core.engine import EngineConfig
-from velatura.core.errors import CheckpointError, RecipeError, Stopped
+from velatura.core.errors import CheckpointError, RecipeError, Stopped, located
 from velatura.core.fingerprint import reward_fingerprint
 from velatura.core.golden import GoldenSet
 from velatura.core.interruption import INTERRUPTION
@@ -79,7 +79,8 @@ class StageRun:
         reference = Ref.model_validate({"use": ref}) if isinstance(ref, str) else ref
         component = build(self.registry, kind, reference, at=self.at(at))
         alive(f"the set-up of {kind} '{reference.use}'")
-        component.setup(self.context())
+        with located(self.at(at)):
+            component.setup(self.context())
         return component
 
     def at(self, place: str) -> str:
@@ -174,7 +175,8 @@ class StageRun:
     def load_policy(self, adapter: ModelAdapter[Any], source: str) -> Policy:
         """The network wearing the weights of a stage, or of the base."""
         alive(f"loading the network of adapter '{adapter.name}'")
-        net = adapter.load(self.device)
+        with located(self.at("adapter")):
+            net = adapter.load(self.device)
         policy = Policy(net)
         if source != "base":
             path = weights_of(self.run_folder, source)
