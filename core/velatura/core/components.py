@@ -49,7 +49,7 @@ class RewardModel(Component[O]):
 
     kind: ClassVar[str] = "reward"
     scope: ClassVar[Literal["sample", "group"]] = "sample"
-    """`group`: `samples` are all samples of one prompt (pairwise and ranking judges)."""
+    """`sample`: a score needs its picture alone; `group`: `samples` are all of one prompt, for judges that compare."""
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether this reward has something to say about pictures for `prompt`.
