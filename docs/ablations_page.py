@@ -10,7 +10,7 @@ from velatura.core.ablation.settings import Ablation, load_ablation
 
 HERE = Path(__file__).parent
 PAGE = HERE / "ablations.md"
-FILES = sorted((HERE.parent / "recipes" / "ablations").glob("*.yaml"))
+FILES = sorted((HERE.parent / "recipes" / "ablations").glob("*.yaml"), key=lambda path: path.stem)
 
 HEAD = """\
 # The claims of the papers, put to the test
