@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from textwrap import wrap
 
 from velatura.core.ablation.settings import Ablation, load_ablation
 
@@ -76,8 +77,8 @@ CLAIMS = (
 """Claim, the ablations of ours or a verdict, and where the evidence is if there is no ablation."""
 NOTES = {
     "merging": "The student is sampled at guidance 1, with half the rows of the others, which are sampled at 2. The "
-    "teachers hardly get in each other's way here: each leaves the other's task about as the base has it, or better, so an "
-    "average has little to lose.",
+    "teachers hardly get in each other's way here: each leaves the other's task about as the base has it, or better, "
+    "so an average has little to lose.",
     "reguided": "Edits are worse for it in every seed. Text-to-image is not: there a second guidance gains what the "
     "student was short of its teacher.",
     "timesteps": "In a world of 16 tokens the steps of high noise decide texture, too: trained alone they raise the "
@@ -135,7 +136,7 @@ def _section(name: str, ablation: Ablation, found: dict[str, object]) -> str:
             f"{test['outcome']}"
         )
     if name in NOTES:
-        lines += ["", NOTES[name]]
+        lines += ["", *wrap(NOTES[name], 120)]
     return "\n".join([*lines, "", f"![{ablation.question}](ablations/{name}.svg)", ""])
 
 
