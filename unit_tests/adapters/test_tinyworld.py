@@ -185,3 +185,10 @@ def test_description_counts_what_is_trained() -> None:
     assert whole["trainable parameters"] == whole["parameters"] == lora["parameters"]
     assert lora["trainable parameters"] == 2 * 4 * 2 * 32 * 2  # A and B, four projections, two blocks, 32 x rank 2
     assert whole["weights"] == "fresh, seed 0"
+
+
+def test_each_patch_has_a_checkpoint_and_may_start_from_the_others() -> None:
+    shipped = {patch: TinyWorldAdapter(TinyWorldAdapterOptions(patch=patch)).load(CPU).state_dict() for patch in (6, 4)}
+    borrowed = TinyWorldAdapter(TinyWorldAdapterOptions(patch=4, weights="builtin-6")).load(CPU).state_dict()
+    assert all(torch.equal(tensor, shipped[6][name]) for name, tensor in borrowed.items())
+    assert not any(torch.equal(shipped[4][name], shipped[6][name]) for name in shipped[4])

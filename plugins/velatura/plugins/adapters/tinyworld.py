@@ -24,7 +24,7 @@ from velatura.plugins.adapters.tinyworld_export import write_export
 from velatura.plugins.tinyworld import vae, words
 
 HOME = Path(words.__file__).parent
-BUILTIN = {6: HOME / "base.safetensors", 4: HOME / "base-4.safetensors"}
+BUILTIN = {"builtin-6": HOME / "base.safetensors", "builtin-4": HOME / "base-4.safetensors"}
 """The checkpoints that ship with the package, by the side of a patch."""
 
 PIXELS = vae.PIXELS
@@ -35,8 +35,9 @@ class TinyWorldAdapterOptions(Options):
 
     weights: str | None = Field(
         "builtin",
-        description="`builtin` is the checkpoint in the package; a path is a safetensors file or an exported folder, "
-        "seen from the recipe; null starts from scratch.",
+        description="`builtin` is the checkpoint in the package for this `patch`, `builtin-6` and `builtin-4` that for "
+        "another, whose blocks fit; a path is a safetensors file or an exported folder, seen from the recipe; null "
+        "starts from scratch.",
     )
     seed: int = Field(0, ge=0, description="Draws fresh weights, and the fresh half of LoRA weights.")
     patch: Literal[6, 4] = Field(
@@ -184,7 +185,9 @@ class TinyWorldAdapter(ModelAdapter[TinyWorldAdapterOptions]):
 
     def _weights_file(self, weights: str) -> Path:
         if weights == "builtin":
-            return BUILTIN[self.options.patch]
+            weights = f"builtin-{self.options.patch}"
+        if weights in BUILTIN:
+            return BUILTIN[weights]
         path = Path(weights) if self._context is None else self._context.resolve(weights)
         return path / "transformer" / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
 
