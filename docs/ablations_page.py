@@ -81,8 +81,8 @@ NOTES = {
     "so an average has little to lose.",
     "reguided": "Edits are worse for it in every seed. Text-to-image is not: there a second guidance gains what the "
     "student was short of its teacher.",
-    "states": "Dense states taught as much with a quarter of the rollouts, which is the claim; the predictions, written "
-    "down before, ask for more than one query taught, and that is open, as is a difference of a few hundredths.",
+    "states": "Dense states taught as much with a quarter of the rollouts, which is the claim; the predictions, "
+    "written down before, ask for more than one query taught. That is open, as is a difference of a few hundredths.",
     "timesteps": "In a world of 16 tokens the steps of high noise decide texture, too: trained alone they raise the "
     "reward most and cost alignment most, steps of low noise least.",
 }
