@@ -66,6 +66,20 @@ def site_of(python: Path) -> Path:
     return next(python.parents[1].glob("lib/python3*/site-packages"))
 
 
+@pytest.mark.parametrize("command", [["plugins", "list"], ["completion", "bash"]], ids=" ".join)
+def test_what_needs_names_alone_imports_no_torch_for_a_package_that_is_installed(
+    command: list[str], python: Path
+) -> None:
+    code = f"""if True:
+        import sys
+        from velatura.core.cli import main
+        assert main({command}) == 0
+        assert "velatura_acme" in sys.modules, "the package was not asked"
+        assert "torch" not in sys.modules, "torch was imported"
+    """
+    done(python, "-c", code)
+
+
 @pytest.mark.parametrize("kind", CONTRACTS)
 def test_a_package_of_each_kind_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"only-{kind.replace('_', '-')}"
