@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from velatura.core.build import open_registry, resolve_options
 from velatura.core.check import check_combinations
 from velatura.core.errors import VelaturaError
 from velatura.core.recipe import load_recipe
+from velatura.core.registry import DISTRIBUTION, GROUP
 
 HERE = Path(__file__).parent
 RECIPE = (HERE / "recipe.yaml").read_text()
@@ -38,7 +40,10 @@ def checked(text: str, case: Mapping[str, str] | None = None) -> None:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, where no other package's plugins are installed: messages say what there is."""
     monkeypatch.chdir(tmp_path)
+    own = [entry for entry in entry_points(group=GROUP) if entry.dist and entry.dist.name == DISTRIBUTION]
+    monkeypatch.setattr("velatura.core.registry.entry_points", lambda group: own)
     return tmp_path
 
 
