@@ -31,7 +31,7 @@ pytest_plugins = ["velatura.testing.fixtures"]
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with a component of every kind."""
-    return new_plugin("acme", list(CONTRACTS), tmp_path_factory.mktemp("new"))
+    return new_plugin("umber", list(CONTRACTS), tmp_path_factory.mktemp("new"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_what_needs_names_alone_imports_no_torch_for_a_package_that_is_installed
         import sys
         from velatura.core.cli import main
         assert main({command}) == 0
-        assert "velatura_acme" in sys.modules, "the package was not asked"
+        assert "velatura_umber" in sys.modules, "the package was not asked"
         assert "torch" not in sys.modules, "torch was imported"
     """
     done(python, "-c", code)
@@ -101,7 +101,7 @@ def test_a_package_of_each_kind_alone(kind: str, tmp_path: Path, monkeypatch: py
 
 
 def test_its_own_tests_pass_once_it_is_installed(package: Path, python: Path) -> None:
-    assert next(site_of(python).glob("velatura_acme-*.dist-info")).is_dir()
+    assert next(site_of(python).glob("velatura_umber-*.dist-info")).is_dir()
     said = done(python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-W", "error", "tests", cwd=package)
     assert "1 skipped" in said  # options of a component that has none
 
@@ -112,23 +112,23 @@ output: out
 engine: {kind: local, threads: 1, device: cpu}
 adapter: {use: tinyworld, with: {weights: null, width: 48, layers: 2}}
 sampling: {steps: 4}
-guidance: {use: acme/interval}
-kernel: {use: acme/churn}
+guidance: {use: umber/interval}
+kernel: {use: umber/churn}
 stages:
   choose:
     stage: curate
     task: {use: tinyworld, with: {task: t2i, count: 6, eval_count: 4}}
-    rewards: &rewards [{use: acme/redness}]
-    prompt_filter: {use: acme/std, with: {least: 0.0}}
+    rewards: &rewards [{use: umber/redness}]
+    prompt_filter: {use: umber/std, with: {least: 0.0}}
     group_size: 3
   teacher:
     stage: rl
     prompts: choose
     rewards: *rewards
-    objective: {use: acme/pull}
-    advantage: {use: acme/mean-margin}
-    timesteps: {use: acme/window, with: {count: 2}}
-    observers: [{use: acme/diary}]
+    objective: {use: umber/pull}
+    advantage: {use: umber/mean-margin}
+    timesteps: {use: umber/window, with: {count: 2}}
+    observers: [{use: umber/diary}]
     optimizer: {lr: 1.0e-2}
     steps: 1
     prompts_per_step: 2
@@ -136,7 +136,7 @@ stages:
   student:
     stage: distill
     teachers: {t2i: teacher}
-    distiller: {use: acme/huber}
+    distiller: {use: umber/huber}
     kernel: ode
     steps: 1
     prompts_per_step: 2
@@ -150,14 +150,14 @@ stages:
     stage: judge-fit
     rated: rated
     dimension: cleanliness
-    judge_model: {use: acme/colour-judge}
+    judge_model: {use: umber/colour-judge}
     steps: 2
     batch: 8
     validate_every: 2
   own:
     stage: rl
-    adapter: {use: acme/pixels}
-    task: {use: acme/colours}
+    adapter: {use: umber/pixels}
+    task: {use: umber/colours}
     rewards: *rewards
     kernel: ode
     steps: 1
@@ -166,7 +166,7 @@ stages:
   compare:
     stage: evaluate
     models: [base, teacher, student]
-    evaluators: [{use: acme/contrast}]
+    evaluators: [{use: umber/contrast}]
     kernel: ode
     tasks: {t2i: {use: tinyworld, with: {task: t2i, eval_count: 4}}}
     seeds_per_prompt: 1
@@ -178,7 +178,7 @@ stages:
 def test_a_component_of_every_kind_is_used_in_a_run(python: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(EVERYTHING)
-    used = {kind for _, kind, ref in load_recipe(recipe).references() if ref.use.startswith("acme/")}
+    used = {kind for _, kind, ref in load_recipe(recipe).references() if ref.use.startswith("umber/")}
     assert used == set(CONTRACTS)
     done(python, "-m", "velatura.core.cli", "run", recipe, cwd=tmp_path)
     out = tmp_path / "out"
@@ -197,13 +197,13 @@ def test_an_installed_reward_and_objective_train(
 ) -> None:
     monkeypatch.syspath_prepend(str(site_of(python)))
     run = tiny_run(
-        rewards=[{"use": "acme/redness", "with": {"gain": 2.0}}],
-        objective={"use": "acme/pull"},
-        timesteps={"use": "acme/window", "with": {"count": 2}},
-        observers=[{"use": "acme/diary"}],
+        rewards=[{"use": "umber/redness", "with": {"gain": 2.0}}],
+        objective={"use": "umber/pull"},
+        timesteps={"use": "umber/window", "with": {"count": 2}},
+        observers=[{"use": "umber/diary"}],
     )
     (step,) = run.metrics
-    assert 0 < step["reward/acme/redness/mean"] < 2
+    assert 0 < step["reward/umber/redness/mean"] < 2
     assert step["updated"] == 1
     assert (run.stage / "diary.jsonl").exists()
 
