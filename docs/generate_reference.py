@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from velatura.core.base_settings import Ref, Settings
 from velatura.core.cli import show
 from velatura.core.contracts import CONTRACTS
 from velatura.core.judge_settings import RaterRef
+from velatura.core.options import Options
 from velatura.core.recipe import SLOTS, STAGE_CLASSES, Recipe
 from velatura.core.registry import ComponentInfo, Registry
 from velatura.core.reward_settings import Breaker, Golden, Recalibrate
@@ -131,21 +134,44 @@ def meaning(name: str) -> str:
 
 
 def components() -> Iterator[str]:
-    """Every installed component of this distribution, kind by kind."""
+    """Every installed component of this distribution, kind by kind; options that many have, once before them."""
     registry = Registry.discover()
     infos = [info for info in registry.list() if info.distribution == "velatura"]
     for kind, contract in CONTRACTS.items():
         yield f"### {kind}\n\n{lead(contract)}"
-        for info in infos:
-            if info.kind == kind:
-                yield component(info, registry)
+        options = {info: registry.get(kind, info.name).options_class for info in infos if info.kind == kind}
+        bases = shared(list(options.values()))
+        for base in bases:
+            users = ", ".join(f"`{info.name}`" for info, cls in options.items() if issubclass(cls, base))
+            yield f"#### {title(base)}\n\n{lead(base)}\nOf {users}.\n\n{table(base, leave_out=())}"
+        for info, cls in options.items():
+            yield component(info, cls, next((base for base in bases if issubclass(cls, base)), None))
 
 
-def component(info: ComponentInfo, registry: Registry) -> str:
-    """One component: its sentence and its options."""
-    options = registry.get(info.kind, info.name).options_class
+def shared(options: Sequence[type[Options]]) -> list[type[Options]]:
+    """The classes of at least four options that at least three components have in common."""
+    bases = Counter(base for cls in options for base in cls.__mro__ if issubclass(base, Options))
+    return [base for base, users in bases.items() if users >= 3 and len(base.model_fields) >= 4]
+
+
+def title(base: type[Options]) -> str:
+    """`DiffusersOptions`: Diffusers options."""
+    return " ".join(re.findall("[A-Z][a-z]+", base.__name__)).capitalize()
+
+
+def component(info: ComponentInfo, options: type[Options], base: type[Options] | None) -> str:
+    """One component: its sentence, where the options are that it shares, and those that are its own."""
     text = f"#### `{info.name}`\n\n{info.summary}\n"
-    return f"{text}\n{table(options, leave_out=())}" if options.model_fields else f"{text}\nNo options.\n"
+    if not options.model_fields:
+        return f"{text}\nNo options.\n"
+    if base is None:
+        return f"{text}\n{table(options, leave_out=())}"
+    link = f"[{title(base)}](#{title(base).lower().replace(' ', '-')})"
+    common, every = table(base, leave_out=()).splitlines(), table(options, leave_out=()).splitlines()
+    rows = [row for row in every if row not in common]
+    if not rows:
+        return f"{text}\n{link}.\n"
+    return f"{text}\n{link}, and:\n\n" + "\n".join([*every[:2], *rows]) + "\n"
 
 
 def main() -> int:
