@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from textwrap import wrap
 
+from velatura.core.ablation.results import FAILS, HOLDS, OPEN
 from velatura.core.ablation.settings import Ablation, load_ablation
 
 HERE = Path(__file__).parent
@@ -21,12 +23,12 @@ HEAD = """\
 Each file in [recipes/ablations](../recipes/ablations) asks one question of one recipe on the embedded world: a few
 variants ("arms"), each trained with several seeds, measured on held-out prompts with the same noises, and compared.
 The claim is *reproduced* when every prediction it makes has its 95 % interval above 0, and *not reproduced* otherwise:
-`opposite` means that the interval lies below 0, `open` that 0 is in it. Intervals are over training seeds and prompts
-together (two crossed sources of chance); with three seeds they are wide where seeds disagree, and that is what three
-seeds are worth. The world has pictures of 24 by 24 pixels and a transformer of 0.8 million parameters: what is found
-here says how the method behaves in this code and this world, not what a large model does. Files that end in `-fine`
-ask again in a finer world: 36 tokens of a picture in place of 16, so that a token decides less of layout and texture
-at once, with a base of its own (`recipes/tinyworld-pretrain-fine.yaml`).
+`opposite` means that the interval lies below 0, `open` that 0 is in it, so that three seeds cannot tell. Intervals are
+over training seeds and prompts together (two crossed sources of chance); with three seeds they are wide where seeds
+disagree, and that is what three seeds are worth. The world has pictures of 24 by 24 pixels and a transformer of 0.8
+million parameters: what is found here says how the method behaves in this code and this world, not what a large model
+does. Files that end in `-fine` ask again in a finer world: 36 tokens of a picture in place of 16, so that a token
+decides less of layout and texture at once, with a base of its own (`recipes/tinyworld-pretrain-fine.yaml`).
 
 <!-- parsed: hours -->
 ```sh
@@ -35,9 +37,9 @@ velatura ablate recipes/ablations/guidance.yaml --jobs 2
 
 does the missing runs side by side, one for each core, with progress; stop it and the same command goes on. Arms share
 the stages that are the same in them, those of other files with the same `--output` included. A run takes about three
-minutes on one core for the files about one teacher, and a quarter of an hour for those about two teachers and a
-student. Results go to `runs/ablations/NAME`: `verdict.md`, `figure.svg`, `results.json`, and every run as `velatura
-run` leaves it. To ask a question of your own, write such a file about your own recipe.
+minutes on one core for the files about one teacher, twice as long in the finer world, and a quarter of an hour for
+those about two teachers and a student. Results go to `runs/ablations/NAME`: `verdict.md`, `figure.svg`, `results.json`,
+and every run as `velatura run` leaves it. To ask a question of your own, write such a file about your own recipe.
 
 """
 
@@ -100,18 +102,26 @@ def page() -> str:
     found = {name: _results(name) for name in loaded}
     rows = ["| question | claim | verdict |", "|---|---|---|"]
     for name, ablation in loaded.items():
-        verdict = found[name]["verdict"] if found[name] else "not run yet"
-        rows.append(f"| [{ablation.question}](#{name}) | {ablation.claim} | {verdict} |")
-    claims = [_claim(*claim, found) for claim in CLAIMS]
+        rows.append(f"| [{ablation.question}](#{name}) | {ablation.claim} | {_verdict(found[name])} |")
+    claims = [_claim(claim, verdict, evidence, found) for claim, verdict, evidence in CLAIMS]
     sections = [_section(name, ablation, found[name]) for name, ablation in loaded.items()]
     return HEAD + "\n".join(rows) + "\n\n" + REPORT + "\n".join(claims) + "\n\n" + "\n".join(sections)
+
+
+def _verdict(found: dict[str, object]) -> str:
+    """With how many predictions were shown, are open, or came out the opposite way."""
+    if not found:
+        return "not run yet"
+    outcomes = Counter(test["outcome"] for test in found["tested"])  # type: ignore[attr-defined]
+    counted = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in (HOLDS, OPEN, FAILS) if outcomes[outcome])
+    return f"{found['verdict']}: {counted}"
 
 
 def _claim(claim: str, verdict: str | tuple[str, ...], evidence: str, found: dict[str, dict[str, object]]) -> str:
     names = (verdict,) if isinstance(verdict, str) else verdict
     if names[0] not in found:
         return f"| {claim} | {verdict} | {evidence} |"
-    verdicts = [str(found[name].get("verdict", "not run yet")) for name in names]
+    verdicts = [_verdict(found[name]) for name in names]
     said = (
         verdicts[0]
         if len(set(verdicts)) == 1
