@@ -25,7 +25,7 @@ from velatura.testing import (  # noqa: F401  each of them registers its checks
 )
 from velatura.testing.kit import STATEMENTS, Check, NotChecked, Statement, Subject, Trial, require
 
-HEAVY = ("deepspeed", "diffusers", "transformers")
+HEAVY = ("deepspeed", "diffusers", "torch", "transformers")
 """What importing a plugin must not import: seconds, for everybody who lists plugins."""
 
 
