@@ -92,6 +92,8 @@ NOTES = {
     "written down before, ask for more than one query taught. That is open, as is a difference of a few hundredths.",
     "timesteps": "In a world of 16 tokens the steps of high noise decide texture, too: trained alone they raise the "
     "reward most and cost alignment most, steps of low noise least.",
+    "timesteps-fine": "As in the world as shipped: steps of high noise raise the reward most and cost alignment and "
+    "identity most, steps of low noise least. How much fine detail there is, is decided early here.",
 }
 """What the figure shows beside the predictions."""
 
