@@ -8,9 +8,10 @@ RUN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(RUN)/velatura run recipes/tinyworld.yaml --processes 2
 
+# Three workers on two cores: while one waits for a timeout or a server, two others compute.
 test: $(VENV)/.installed-dev
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile unit_tests integration_tests
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 3 --dist loadfile unit_tests integration_tests
 
 lint: $(VENV)/.installed-dev
 	$(RUN)/ruff check .
