@@ -120,7 +120,7 @@ def _verdict(found: dict[str, object]) -> str:
         return "not run yet"
     outcomes = Counter(test["outcome"] for test in found["tested"])  # type: ignore[attr-defined]
     counted = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in (HOLDS, OPEN, FAILS) if outcomes[outcome])
-    return f"{found['verdict']}: {counted}"
+    return f"{found['verdict']} ({counted})"
 
 
 def _claim(claim: str, verdict: str | tuple[str, ...], evidence: str, found: dict[str, dict[str, object]]) -> str:
