@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from loguru import logger
 
 from velatura.core.ablation.jobs import Job, borrow, check_jobs, jobs_of, run_jobs
 from velatura.core.ablation.results import find, save
@@ -205,6 +206,8 @@ def test_a_metric_that_nobody_measured_is_named_with_what_there_is(write: Write,
 def test_arms_take_over_what_they_share_and_a_failed_run_leaves_the_others(write: Write, tmp_path: Path) -> None:
     """Real runs in processes of their own."""
     path = write()
+    raw: list[str] = []
+    logger.add(raw.append, level="DEBUG")  # as loguru has it on stderr from the start
     status = main(
         [
             "ablate",
@@ -220,6 +223,7 @@ def test_arms_take_over_what_they_share_and_a_failed_run_leaves_the_others(write
         ]
     )
     assert status == 0
+    assert raw == []  # log lines go through the console, above the progress bar
     one, two = (tmp_path / "out" / "more" / arm / "seed-0" for arm in ("one", "two"))
     first, second = (json.loads((folder / "pick" / "manifest.json").read_text()) for folder in (one, two))
     assert first == second  # copied, not done again

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from velatura.core.cli.arguments import Verbs, new_console, new_parser
+from velatura.core.cli.console import say_through
 from velatura.core.errors import VelaturaError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
         loaded = {path: found.model_copy(update={"seeds": seeds}) for path, found in loaded.items()}
     output = arguments.output or Path("runs") / "ablations"
     console = new_console()
+    say_through(console)
     for path, ablation in loaded.items():
         _one(path, ablation, output / path.stem, extra, jobs, console, arguments)
     return 0
