@@ -25,7 +25,7 @@ from velatura.plugins.tinyworld import vae, words
 
 HOME = Path(words.__file__).parent
 BUILTIN = {"builtin-6": HOME / "base.safetensors", "builtin-4": HOME / "base-4.safetensors"}
-"""The checkpoints that ship with the package, by the side of a patch."""
+"""The checkpoints that ship with the package; the number is the side of a patch."""
 
 PIXELS = vae.PIXELS
 
